@@ -1,3 +1,52 @@
-"""Sterna: experts, small files of what fine-tuning taught a model."""
+"""Sterna: experts, small files of what fine-tuning taught a model.
+
+    expert = sterna.compress(base, tuned)          # a tuned model becomes a small file
+    expert.save("legal.safetensors")
+    with sterna.attached(model, sterna.load("legal.safetensors")):
+        ...                                        # the live model is the tuned one, and the base again after, to the bit
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
+
+_WHERE = {
+    "Expert": "sterna.expert.expert",
+    "Fingerprint": "sterna.fingerprint",
+    "Patch": "sterna.live.patch",
+    "SternaError": "sterna.errors",
+    "attach": "sterna.live.patch",
+    "attached": "sterna.live.patch",
+    "attached_to": "sterna.live.patch",
+    "compress": "sterna.compression",
+    "load": "sterna.expert.file",
+}
+
+if TYPE_CHECKING:
+    from sterna.compression import compress as compress
+    from sterna.errors import SternaError as SternaError
+    from sterna.expert.expert import Expert as Expert
+    from sterna.expert.file import load as load
+    from sterna.fingerprint import Fingerprint as Fingerprint
+    from sterna.live.patch import Patch as Patch
+    from sterna.live.patch import attach as attach
+    from sterna.live.patch import attached as attached
+    from sterna.live.patch import attached_to as attached_to
+
+__all__ = ["Expert", "Fingerprint", "Patch", "SternaError", "__version__", "attach", "attached", "attached_to", "compress", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import sterna` and `sterna --help` stay quick."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sterna' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,93 @@
+"""Codings: how the non-zeros of one ternary tensor become bytes and back.
+
+A coding cuts a tensor into blocks that decode alone. Everything outside this folder sees only `Coding`, `Blocks` and *codes*:
+a uint32 a non-zero, `position in its block << 1 | negative`, positions ascending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sterna.errors import InvalidFile
+
+U8 = NDArray[np.uint8]
+U32 = NDArray[np.uint32]
+I64 = NDArray[np.int64]
+
+CHUNK = 1 << 20
+"""Entries that are encoded at a time; every block lies inside one chunk."""
+
+PADDING = 16
+"""Bytes that must follow a stream in memory, so that a kernel may load a whole word at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The parts of one stream (or of many, concatenated) that decode alone: a column of int64 for each fact, a row a block."""
+
+    start: I64  # first entry, counted in the tensor
+    size: I64  # entries
+    count: I64  # non-zeros
+    offset: I64  # first byte, counted in the buffer that holds the stream
+    length: I64  # bytes
+    parameter: I64  # the coding's own
+
+    def __len__(self) -> int:
+        return int(self.start.size)
+
+
+class Coding(Protocol):
+    """One way to store ternary tensors. A stream is the records of its tensor's chunks, one after another."""
+
+    name: str
+    number: int  # in the file's table; never reused
+
+    def encode(self, codes: U32, entries: int) -> bytes:
+        """The record of one chunk of `entries` (CHUNK, or what is left at the end); `codes` count positions from the chunk's start."""
+
+    def blocks(self, data: U8, start: int, stop: int, entries: int) -> Blocks:
+        """Read and check the block indices of the stream data[start:stop] of a tensor with `entries` entries.
+
+        Raises InvalidFile unless the blocks fill the stream and their counts fit. Memory stays in proportion to the stream's bytes.
+        """
+
+    def decode(self, data: U8, blocks: Blocks, first: int, last: int, codes: U32) -> None:
+        """Write the codes of blocks[first:last] one after another. Raises InvalidFile where a block does not decode within its bounds."""
+
+
+_REGISTERED: dict[str, Coding] = {}
+
+
+def register(coding: Coding) -> Coding:
+    """Make a coding known by its name and number."""
+    if any(coding.name == other.name or coding.number == other.number for other in _REGISTERED.values()):
+        raise ValueError(f"a coding named {coding.name!r} or numbered {coding.number} is registered already")
+    _REGISTERED[coding.name] = coding
+    return coding
+
+
+def by_name(name: str) -> Coding:
+    """The coding of that name; KeyError with the known names otherwise."""
+    _load()
+    try:
+        return _REGISTERED[name]
+    except KeyError:
+        raise KeyError(f"no coding named {name!r}; known: {', '.join(sorted(_REGISTERED))}") from None
+
+
+def by_number(number: int) -> Coding:
+    """The coding that a file names by number; InvalidFile for one that this version does not know."""
+    _load()
+    for coding in _REGISTERED.values():
+        if coding.number == number:
+            return coding
+    known = ", ".join(f"{c.number} ({c.name})" for c in _REGISTERED.values())
+    raise InvalidFile(f"the file uses coding {number}, which this version of Sterna does not know (known: {known}); a newer Sterna may read it")
+
+
+def _load() -> None:
+    from sterna.codings import rice  # noqa: F401  (registers itself)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
+from sterna.codings import I64, U8, Blocks, Coding
 
 if TYPE_CHECKING:
     import torch
@@ -14,26 +17,51 @@ if TYPE_CHECKING:
 Role = Literal["head", "buffer", "rows", "untied", "saved"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ternary:
-    """One coded tensor of levels -1, 0, +1, worth `scale * level`.
+    """One coded tensor of levels -1, 0, +1, worth `scale * level` (scale a float32 value).
 
-    `stream` is a uint8 view of the coded bytes, `count` the number of non-zeros, `coding` the registered name of the coding.
+    `data[start:stop]` (uint8, followed by at least `codings.PADDING` bytes) is the stream; `blocks` are its parts, with offsets counted in `data`.
     """
 
     shape: tuple[int, ...]
-    count: int
     scale: float
-    coding: str
-    stream: np.ndarray
+    coding: Coding
+    data: U8
+    start: int
+    stop: int
+    blocks: Blocks
+
+    @classmethod
+    def open(cls, shape: tuple[int, ...], scale: float, coding: Coding, data: U8, start: int, stop: int) -> Ternary:
+        """Read and check the stream's index; InvalidFile where it is not well-formed."""
+        return cls(shape, scale, coding, data, start, stop, coding.blocks(data, start, stop, math.prod(shape)))
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def density(self) -> float:
-        return self.count / self.size if self.size else 0.0
+    def count(self) -> int:
+        """Non-zeros."""
+        return int(self.blocks.count.sum())
+
+    @property
+    def stream(self) -> U8:
+        return self.data[self.start : self.stop]
+
+    def codes(self) -> I64:
+        """int64[count]: flat index << 1 | negative, ascending. Raises InvalidFile where the stream is damaged."""
+        codes = np.empty(self.count, np.uint32)
+        self.coding.decode(self.data, self.blocks, 0, len(self.blocks), codes)
+        return codes.astype(np.int64) + np.repeat(self.blocks.start << 1, self.blocks.count)
+
+    def levels(self) -> NDArray[np.int8]:
+        """int8 array of the tensor's shape, -1, 0 and +1."""
+        codes = self.codes()
+        dense = np.zeros(self.size, np.int8)
+        dense[codes >> 1] = 1 - 2 * (codes & 1)
+        return dense.reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

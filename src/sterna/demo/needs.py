@@ -1,0 +1,48 @@
+"""What the demo needs beyond the core: imported when it is used, with one clear error where it is missing, and kept quiet."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from sterna.errors import SternaError
+
+
+class MissingDependency(SternaError, ImportError):
+    """A package that only the demo needs is not installed."""
+
+
+def needed(name: str, install: str = "sterna[demo]") -> Any:
+    """The module of that name, or an error that says what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependency(f"the demo needs {name.partition('.')[0]}, which cannot be imported ({error}): pip install '{install}'") from error
+
+
+def check_needs() -> None:
+    """Raise for the first missing package before any work starts."""
+    for name in ("transformers", "accelerate", "peft", "sklearn", "scipy"):
+        needed(name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' log lines and progress bars and the libraries' warnings inside, and put everything back after."""
+    messages: ModuleType = needed("transformers.utils.logging")
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(logging.CRITICAL)
+    messages.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()

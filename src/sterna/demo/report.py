@@ -1,0 +1,137 @@
+"""What the demo found, as data, as one table on a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from sterna.demo.intervals import Estimate
+from sterna.demo.timing import Latency, Steps
+
+COLUMNS = ("", "density", "scale", "bytes on disk", "to 16 bit", "bits/param", "entropy", "accuracy, %", "to uncompressed")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to keep the fine-tuning. `alpha` counts in standard deviations of the task vector, `factor` multiplies the task vector itself.
+
+    `bytes` are None for what is not a file; `ratio` is the 16-bit reference's bytes over these; `difference` is paired, on the same test texts.
+    """
+
+    method: str
+    accuracy: Estimate
+    difference: Estimate | None = None
+    density: float | None = None
+    alpha: float | None = None
+    factor: float | None = None
+    bytes: int | None = None
+    ratio: float | None = None
+    bits: float | None = None
+    entropy: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        scale = f"{self.alpha:.3g} std" if self.alpha is not None else f"x {self.factor:g}" if self.factor is not None else ""
+        return (
+            self.method,
+            "" if self.density is None else f"{self.density:g}",
+            scale,
+            "" if self.bytes is None else f"{self.bytes:,}",
+            "" if self.ratio is None else f"{self.ratio:.1f}x",
+            "" if self.bits is None else f"{self.bits:.3f}",
+            "" if self.entropy is None else f"{self.entropy:.3f}",
+            f"{self.accuracy.value:.1%} ({self.accuracy.low:.1%} to {self.accuracy.high:.1%})".replace("%", ""),
+            ""
+            if self.difference is None
+            else f"{100 * self.difference.value:+.1f} ({100 * self.difference.low:+.1f} to {100 * self.difference.high:+.1f})",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """One task: what was trained, on how many rows, and the rows of the table."""
+
+    name: str
+    training: str
+    classes: int
+    train_rows: int
+    validation_rows: int
+    test_rows: int
+    parameters: int
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.classes} classes, {self.training}, {self.parameters:,} parameters"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveResult:
+    """The live part: what one model scored with each expert on it, how long the steps took, and whether the base came back to the bit."""
+
+    experts: tuple[str, str]
+    accuracies: tuple[Estimate, Estimate]
+    steps: Steps
+    latency: Latency
+    restored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Everything that one run found. `files` are the experts that it wrote, `seconds` what each stage took."""
+
+    tasks: tuple[TaskResult, ...]
+    live: LiveResult
+    files: tuple[str, ...]
+    seconds: dict[str, float]
+    machine: dict[str, str | int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def table(self) -> Group:
+        """What `rich.print` shows: one table, then the live lines and the notes."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for place, column in enumerate(COLUMNS):
+            table.add_column(column, justify="left" if place == 0 else "right", no_wrap=place != 0)
+        for task in self.tasks:
+            table.add_section()
+            table.add_row(f"[bold]{task.title}[/bold]")
+            for row in task.rows:
+                table.add_row(*row.cells())
+        return Group(table, *self.lines())
+
+    def markdown(self) -> str:
+        """The same table and lines for a README."""
+        lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+        for task in self.tasks:
+            lines.append(f"| **{task.title}** |" + " |" * (len(COLUMNS) - 1))
+            lines += ["| " + " | ".join(row.cells()) + " |" for row in task.rows]
+        return "\n".join([*lines, "", *(f"- {line}" for line in self.lines())]) + "\n"
+
+    def lines(self) -> list[str]:
+        live, steps, speed, machine = self.live, self.live.steps, self.live.latency, self.machine
+        first, second = live.experts
+        return [
+            f"On one live model: {first} {live.accuracies[0].value:.1%}, then swapped to {second} {live.accuracies[1].value:.1%}, then detached; "
+            f"every tensor of the base as it was, to the bit: {'yes' if live.restored else 'NO'}.",
+            f"Attach {steps.attach:.1f} ms (the first time {steps.first_attach:.0f} ms, the base's fingerprint included), "
+            f"swap {steps.swap:.1f} ms, detach {steps.detach:.1f} ms.",
+            f"Inference with an expert on against the bare base, {speed.batch} x {speed.length} tokens: {speed.ratio.value:.3f} times "
+            f"({speed.ratio.low:.3f} to {speed.ratio.high:.3f}) of {speed.base:.1f} ms.",
+            *(
+                f"{task.name}: {task.train_rows:,} training, {task.validation_rows:,} validation and {task.test_rows:,} test texts."
+                for task in self.tasks
+            ),
+            "Scales were chosen on the validation texts only. Intervals are 95 %: Wilson's for an accuracy, bootstrap over the same test texts for a "
+            "difference, Student's on paired runs for a latency.",
+            "Words alone: tf-idf and logistic regression on the tokens that the model sees. Base alone: the untouched base with the trained head.",
+            "Bytes include the header and the head. Uncompressed: 16 bits a parameter and the head. Prune only: our coded positions and values of 16 bits. "
+            "STC: as ComPEFT, whose payload is the same. To 16 bit: the uncompressed bytes over these.",
+            f"Machine: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}; "
+            f"{sum(self.seconds.values()) / 60:.1f} minutes, of which {self.seconds.get('training', 0.0) / 60:.1f} for training.",
+        ]

@@ -1,0 +1,158 @@
+"""The demo from end to end: two trainings, experts of both beside their controls, and both on one live model, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sterna
+from sterna.demo.assets import asset_path, cache_folder
+from sterna.demo.data import Split, Task, newsgroups, split_rows, tweets
+from sterna.demo.evaluation import counter, evaluate, tokenized
+from sterna.demo.models import load_classifier, load_tokenizer, model_folder
+from sterna.demo.needs import check_needs, needed
+from sterna.demo.options import DemoOptions, checked
+from sterna.demo.report import DemoResult, LiveResult, TaskResult
+from sterna.demo.study import Findings, Study, findings
+from sterna.demo.subjects import full_subject, lora_subject
+from sterna.demo.tables import read_rows
+from sterna.demo.timing import latency, live_steps
+from sterna.demo.training import Recipe, load_lora, trained
+from sterna.errors import CannotWrite
+from sterna.progress import Progress, silent
+
+
+def run_demo(options: DemoOptions | None = None, progress: Progress = silent) -> DemoResult:
+    """Run the demo and return what it found. Bad options and bad data are refused before anything is trained.
+
+    The trainings are kept in the cache under a digest of all that determines them, so a second run only evaluates.
+
+    Raises:
+        SternaError: see `checked`, `read_rows`, `split_rows`, `model_folder`, `trained`, and the product's own errors.
+    """
+    options = checked(options or DemoOptions())
+    check_needs()
+    cache = options.cache or cache_folder()
+    tasks = tasks_of(options, cache)
+    base = asset_path("encoder", cache) if options.model is None else model_folder(options.model)
+    folder = options.output or cache / "demo" / "experts"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"cannot write experts to {folder}: {error.strerror or error}; choose another output folder") from error
+    clock, tokenizer = Clock(), load_tokenizer(base)
+    studies = [_study(task, recipe, base, tokenizer, cache, clock, progress) for task, recipe in zip(tasks, recipes_of(options), strict=True)]
+    live = load_classifier(base, None, tokenizer)
+    with clock("evaluation"):
+        found = [findings(study, live, options, folder, progress) for study in studies]
+    with clock("live"):
+        on_one_model = _live(live, studies, found, options, progress)
+    return DemoResult(
+        tasks=tuple(_task_result(*parts) for parts in zip(tasks, recipes_of(options), studies, found, strict=True)),
+        live=on_one_model,
+        files=tuple(str(path) for part in found for path in part.files),
+        seconds=clock.seconds,
+        machine=machine(),
+    )
+
+
+def tasks_of(options: DemoOptions, cache: Path) -> tuple[Task, Task]:
+    """The task of the full fine-tune and that of the LoRA: two bundled ones, or a person's own data twice."""
+    if options.data is None:
+        texts = asset_path("texts", cache)
+        return newsgroups(texts, options.sizes, options.seed), tweets(texts, replace(options.sizes, train=options.lora_rows), options.seed)
+    rows = read_rows(options.data, options.text_column, options.label_column)
+    test = None if options.test_data is None else read_rows(options.test_data, options.text_column, options.label_column)
+    first = split_rows(options.data.stem, rows, options.sizes, options.seed, test)
+    fewer = Split(first.train.texts[: options.lora_rows], first.train.labels[: options.lora_rows])
+    return first, replace(first, name=f"{first.name}, LoRA", train=fewer)
+
+
+def recipes_of(options: DemoOptions) -> tuple[Recipe, Recipe]:
+    full = Recipe("full", options.learning_rate, options.epochs, options.batch, options.max_length, options.seed)
+    return full, replace(full, kind="lora", learning_rate=options.lora_learning_rate, rank=options.lora_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds spent in each named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _study(task: Task, recipe: Recipe, base: Path, tokenizer: Any, cache: Path, clock: Clock, progress: Progress) -> Study:
+    train, validation, test = (tokenized(tokenizer, split, recipe.max_length) for split in (task.train, task.validation, task.test))
+    with clock("training"):
+        step = counter(progress, f"training on {task.name}", recipe.epochs * len(train), "texts")
+        folder = trained(recipe, base, task, train, tokenizer, cache / "demo" / "runs", step)
+    if recipe.kind == "full":
+        subject = full_subject(load_classifier(folder, None, tokenizer), load_classifier(base, task.classes, tokenizer))
+    else:
+        subject = lora_subject(load_lora(base, folder, task, tokenizer))
+    return Study(task.name, base, folder, subject, tokenizer, train, validation, test)
+
+
+def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], options: DemoOptions, progress: Progress) -> LiveResult:
+    """Both experts on one model: attach, evaluate, swap, evaluate, detach, compare every tensor with the base; then the times."""
+    before = {name: value.clone() for name, value in live.state_dict().items()}
+    first, second = (sterna.load(part.expert) for part in found)
+    scores = []
+    patch = sterna.attach(live, first)
+    scores.append(evaluate(live, studies[0].test, counter(progress, f"live: {studies[0].name}", len(studies[0].test), "texts")))
+    patch.swap(second)
+    scores.append(evaluate(live, studies[1].test, counter(progress, f"live: {studies[1].name}", len(studies[1].test), "texts")))
+    patch.detach()
+    steps = live_steps(live, first, second, options.repeats, counter(progress, "timing attach, swap, detach", options.repeats + 1, "rounds"))
+    speed = latency(
+        live, first, options.batch, options.max_length, options.latency_pairs, counter(progress, "timing inference", options.latency_pairs, "pairs")
+    )
+    after = live.state_dict()
+    restored = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    return LiveResult((studies[0].name, studies[1].name), (scores[0].accuracy, scores[1].accuracy), steps, speed, restored)
+
+
+def _task_result(task: Task, recipe: Recipe, study: Study, found: Findings) -> TaskResult:
+    return TaskResult(
+        name=task.name,
+        training="full fine-tuning" if recipe.kind == "full" else f"LoRA of rank {recipe.rank}",
+        classes=len(task.classes),
+        train_rows=len(task.train),
+        validation_rows=len(task.validation),
+        test_rows=len(task.test),
+        parameters=study.subject.tau.numel(),
+        rows=found.rows,
+    )
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": str(needed("transformers").__version__),
+        "peft": str(needed("peft").__version__),
+        "sterna": sterna.__version__,
+    }

@@ -1,0 +1,159 @@
+"""A safetensors file as bytes: a strict reader that trusts nothing, and a writer whose output depends on its input alone.
+
+The safetensors library orders metadata keys at random and lets repeated keys pass, so both ends are written out here; its own reader opens our files.
+The last tensor holds SHA-256 of every byte before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sterna.codings import PADDING, U8
+from sterna.errors import InvalidFile, NotFound
+from sterna.expert.facts import parse_json
+
+KEY = "sterna"
+"""The one metadata key."""
+CHECKSUM = "sterna.sha256"
+HEADER_LIMIT = 16 << 20
+"""Bytes of the header at most; an expert's is a few kilobytes."""
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of the file: its safetensors dtype, shape, and place in the file's bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """`data` holds the whole file and PADDING more bytes; `digest` is SHA-256 of the file."""
+
+    data: U8
+    metadata: str
+    entries: dict[str, Entry]
+    digest: bytes
+
+
+def read(path: str | os.PathLike[str]) -> Container:
+    """Read a file whole and check its structure and checksum. Raises NotFound or InvalidFile."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            _refuse_header(file.read(9), size, os.fspath(path))
+            file.seek(0)
+            data = np.zeros(size + PADDING, np.uint8)
+            if file.readinto(memoryview(data)[:size]) != size:
+                raise InvalidFile(f"{os.fspath(path)} changed while it was read")
+    except FileNotFoundError:
+        raise NotFound(f"{os.fspath(path)} does not exist") from None
+    except IsADirectoryError:
+        raise NotFound(f"{os.fspath(path)} is a folder; expected an expert file") from None
+    except OSError as error:
+        raise NotFound(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
+    try:
+        return parse(data)
+    except InvalidFile as error:
+        raise InvalidFile(f"{os.fspath(path)}: {error}") from error
+
+
+def _refuse_header(head: bytes, size: int, name: str) -> int:
+    """Bytes of the header, once its first 9 bytes and the file's size make sense."""
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise InvalidFile(f"{name} is a pickle (or a zip of one), which can run code when opened; an expert is a safetensors file")
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or head[8:9] != b"{":
+        raise InvalidFile(f"{name} is not a safetensors file: it does not begin with a header")
+    if length > HEADER_LIMIT:
+        raise InvalidFile(f"{name} states a header of {length} bytes; an expert's has at most {HEADER_LIMIT}")
+    if length > size - 8:
+        raise InvalidFile(f"{name} is cut short: it has {size} bytes, its header alone {length}")
+    return length
+
+
+def parse(data: U8) -> Container:
+    """Check the safetensors structure of `data` (the file, then PADDING bytes), and the checksum."""
+    size = data.size - PADDING
+    length = _refuse_header(data[: min(9, size)].tobytes(), size, "the file")
+    header = parse_json(data[8 : 8 + length].tobytes(), "the header")
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or set(metadata) != {KEY} or not isinstance(metadata[KEY], str):
+        raise InvalidFile(f"a safetensors file, but not an expert: its metadata lacks the key {KEY!r}")
+    entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
+    at = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != at:
+            raise InvalidFile(f"the header's tensors leave a hole or overlap at {name!r}")
+        at = entry.stop
+    if at != size:
+        raise InvalidFile(f"the file has {size} bytes, its header tells of {at}: it is cut short or has something appended")
+    last = entries.get(CHECKSUM)
+    if last is None or last.stop != size or last.stop - last.start != 32:
+        raise InvalidFile(f"the file does not end with the tensor {CHECKSUM!r}")
+    sha = hashlib.sha256(memoryview(data)[: last.start])
+    if sha.digest() != data[last.start : last.stop].tobytes():
+        raise InvalidFile("the checksum does not match: the file is damaged")
+    sha.update(memoryview(data)[last.start : last.stop])
+    return Container(data, metadata[KEY], entries, sha.digest())
+
+
+def _entry(name: str, value: Any, origin: int) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise InvalidFile(f"the header's entry {name[:80]!r} is not a tensor")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise InvalidFile(f"the header's tensor {name[:80]!r} has dtype {dtype!r}; known: {', '.join(ITEM_BYTES)}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or len(numbers) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+            raise InvalidFile(f"the header's tensor {name[:80]!r} has a shape or offsets that are not small lists of counts")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise InvalidFile(f"the header's tensor {name[:80]!r} of shape {shape} does not fill its bytes {offsets}")
+    return Entry(dtype, tuple(shape), origin + offsets[0], origin + offsets[1])
+
+
+Part = tuple[str, str, tuple[int, ...], Callable[[], Iterator[Any]]]
+"""A tensor to write: name, safetensors dtype, shape, and its bytes in pieces."""
+
+
+def pieces(metadata: str, parts: Sequence[Part]) -> Iterator[bytes | memoryview]:
+    """The file's bytes, piece by piece: header, the parts in their order, checksum."""
+    header: dict[str, Any] = {"__metadata__": {KEY: metadata}}
+    at = 0
+    for name, dtype, shape, _ in (*parts, (CHECKSUM, "U8", (32,), None)):
+        length = math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + length]}
+        at += length
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    sha = hashlib.sha256()
+    for piece in _body(len(text).to_bytes(8, "little") + text, parts):
+        sha.update(piece)
+        yield piece
+    yield sha.digest()
+
+
+def _body(header: bytes, parts: Sequence[Part]) -> Iterator[bytes | memoryview]:
+    yield header
+    for _, _, _, content in parts:
+        yield from content()
+
+
+def is_expert(header: Mapping[str, Any]) -> bool:
+    """Whether a safetensors header's metadata is an expert's."""
+    metadata = header.get("__metadata__")
+    return isinstance(metadata, dict) and KEY in metadata

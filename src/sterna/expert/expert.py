@@ -1,0 +1,192 @@
+"""The expert: facts, the base's fingerprint, and changes. Immutable."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sterna.errors import InvalidArgument, WrongBase
+from sterna.expert.changes import Add, Change, Factors, Multiply, Set, Ternary
+from sterna.expert.facts import Facts
+from sterna.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from sterna.sources.checkpoint import Source
+
+DENSE_LIMIT = 8 << 30
+"""Bytes that `task_vector` makes at most when no base says how large the tensors are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """What fine-tuning taught a model. Made by `sterna.compress` or `sterna.load`; `changes` are in the order of their names."""
+
+    facts: Facts
+    fingerprint: Fingerprint
+    changes: tuple[Change, ...]
+    file_digest: str | None = None  # of the file that it was loaded from
+    file_bytes: int | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the expert as a safetensors file, whole or not at all. The same expert gives the same bytes. Raises CannotWrite."""
+        from sterna.expert.file import save
+
+        save(self, path)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, in hexadecimal: of the one it was loaded from, else of the one that `save` writes."""
+        if self.file_digest is not None:
+            return self.file_digest
+        from sterna.expert.file import file_pieces
+
+        sha = hashlib.sha256()
+        for piece in file_pieces(self):
+            sha.update(piece)
+        return sha.hexdigest()
+
+    @cached_property
+    def content_digest(self) -> str:
+        """SHA-256 of what the file decodes to: method, base, names, shapes, kinds of change, levels, scales and exact tensors.
+
+        Not of the coding, the user's metadata, the writer or the base's name: recoding keeps it.
+        """
+        sha = hashlib.sha256()
+        for text in ("sterna content 1", self.facts.method, self.facts.source, self.facts.base.fingerprint):
+            _add_text(sha, text)
+        for change in self.changes:
+            _add_text(sha, type(change).__name__.lower())
+            _add_text(sha, change.name)
+            match change:
+                case Factors():
+                    sha.update(struct.pack("<d?", change.scaling, change.transposed))
+                case Multiply():
+                    sha.update(struct.pack("<B", change.axis))
+                    _add_text(sha, change.bias or "")
+                case Set():
+                    _add_text(sha, change.role)
+                    _add_text(sha, str(change.value.dtype).removeprefix("torch."))
+                    _add_shape(sha, tuple(change.value.shape))
+                    sha.update(struct.pack("<Q", change.first_row))
+                    sha.update(exact_bytes(change.value))
+            for ternary in change.ternaries:
+                _add_shape(sha, ternary.shape)
+                sha.update(struct.pack("<f", ternary.scale))
+                sha.update(memoryview(ternary.codes()).cast("B"))
+        return sha.hexdigest()
+
+    @property
+    def ternaries(self) -> Iterator[Ternary]:
+        """Every coded tensor, in the file's order."""
+        for change in self.changes:
+            yield from change.ternaries
+
+    def check(self) -> None:
+        """Decode every stream once; InvalidFile where one is damaged."""
+        for ternary in self.ternaries:
+            ternary.codes()
+
+    def task_vector(self, base: Source | None = None, *, max_bytes: int | None = None) -> dict[str, torch.Tensor]:
+        """The dense float32 task vector by base name: what attaching adds to each tensor, before rounding to the live dtype.
+
+        `Set` and `Multiply` changes are differences to the base, so they need `base` (a path, state dict or module); without it an expert that has them
+        raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase).
+        `max_bytes` limits what is allocated: by default the base's size in float32, or DENSE_LIMIT without a base.
+        """
+        tensors = self._base_tensors(base) if base is not None else None
+        limit = max_bytes if max_bytes is not None else DENSE_LIMIT if tensors is None else sum(4 * t.numel() for t in tensors.values())
+        wanted = sum(4 * _dense_entries(change) for change in self.changes)
+        if wanted > limit:
+            raise InvalidArgument(f"the dense task vector takes {wanted:,} bytes, more than the {limit:,} allowed; give its base, or max_bytes")
+        dense: dict[str, torch.Tensor] = {}
+        for change in self.changes:
+            match change:
+                case Add():
+                    dense[change.name] = torch.from_numpy(change.levels.levels().astype(np.float32)) * np.float32(change.levels.scale)
+                case Factors():
+                    dense[change.name] = factor_product(change)
+                case Multiply():
+                    for name in (change.name, change.bias) if change.bias else (change.name,):
+                        old = _needed(tensors, name).float()
+                        dense[name] = old * multiplier(change, old.dim()) - old
+                case Set(role="buffer" | "saved"):
+                    if change.value.is_floating_point() and (tensors is None or change.name in tensors):
+                        dense[change.name] = change.value.float() - _needed(tensors, change.name).float()
+                case Set():
+                    continue  # heads, gained rows and untied copies have no counterpart in the base
+        for name, delta in dense.items():
+            if tensors is not None and name in tensors and tensors[name].shape != delta.shape:
+                raise WrongBase(f"the expert changes {name} with shape {tuple(delta.shape)}; the base has {tuple(tensors[name].shape)}")
+        return dense
+
+    def _base_tensors(self, base: Source) -> Mapping[str, torch.Tensor]:
+        from sterna.sources.checkpoint import open_checkpoint
+        from sterna.sources.names import align
+
+        opened = open_checkpoint(base)
+        wanted = {name: shape for name, shape in zip(self.fingerprint.names, self._shapes(), strict=True)}
+        alignment = align({n: s or opened.tensors[n].shape if n in opened.tensors else s or () for n, s in wanted.items()}, opened.shapes)
+        return {name: opened.read(own) for name, own in alignment.to_other.items()}
+
+    def _shapes(self) -> list[tuple[int, ...] | None]:
+        known = {change.name: change.levels.shape for change in self.changes if isinstance(change, Add)}
+        return [known.get(name) for name in self.fingerprint.names]
+
+
+def factor_product(change: Factors, device: torch.device | str = "cpu") -> torch.Tensor:
+    """scaling * (B @ A), float32, transposed where the change says so. The levels multiply as integers, so the product is the same everywhere."""
+    A = torch.from_numpy(change.A.levels()).flatten(1).to(device, torch.float32)
+    B = torch.from_numpy(change.B.levels()).flatten(1).to(device, torch.float32)
+    product = (B @ A) * np.float32(change.A.scale * change.B.scale * change.scaling)
+    return product.T.contiguous() if change.transposed else product
+
+
+def multiplier(change: Multiply, dimensions: int) -> torch.Tensor:
+    """1 + scale * level, float32, shaped to multiply a tensor of `dimensions` axes along the change's axis (a bias: along its only one)."""
+    vector = 1 + torch.from_numpy(change.vector.levels().astype(np.float32)).flatten() * np.float32(change.vector.scale)
+    shape = [1] * dimensions
+    shape[change.axis if dimensions > 1 else 0] = -1
+    return vector.reshape(shape)
+
+
+def exact_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any dtype."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _dense_entries(change: Change) -> int:
+    match change:
+        case Factors():
+            return change.B.shape[0] * (change.A.size // max(change.A.shape[0], 1))
+        case Set():
+            return 0
+        case Multiply():
+            return 0  # as large as the base tensor that it is made from
+        case Add():
+            return change.levels.size
+
+
+def _needed(tensors: Mapping[str, torch.Tensor] | None, name: str) -> torch.Tensor:
+    if tensors is None:
+        raise InvalidArgument(f"the change of {name} is a difference to the base: give task_vector the base")
+    if name not in tensors:
+        raise WrongBase(f"the base has no tensor {name}, which the expert changes")
+    return tensors[name]
+
+
+def _add_text(sha: hashlib._Hash, text: str) -> None:
+    encoded = text.encode()
+    sha.update(struct.pack("<Q", len(encoded)) + encoded)
+
+
+def _add_shape(sha: hashlib._Hash, shape: tuple[int, ...]) -> None:
+    sha.update(struct.pack(f"<B{len(shape)}Q", len(shape), *shape))

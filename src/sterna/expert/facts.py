@@ -1,0 +1,206 @@
+"""What an expert says of itself as a whole: the one JSON object in its file's metadata, with a limit for every field."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sterna.errors import InvalidArgument, InvalidFile
+
+FORMAT = 1
+"""Version of the file format: a reader refuses a newer one."""
+LIMIT = 1 << 20
+"""Bytes of the JSON at most."""
+_DEPTH = 8
+_TEXT = 4096
+
+Method = Literal["compeft"]
+SourceKind = Literal["full", "lora", "ia3"]
+Scope = Literal["global", "tensor"]
+
+_REFUSED_CONFIG = frozenset({"auto_map", "custom_pipelines", "quantization_config", "trust_remote_code", "architectures", "model_type"})
+"""Config fields that no expert may hold: where code comes from, and what decides how weights are read."""
+_LEFT_OUT_CONFIG = frozenset(
+    {"dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing"}
+    | {"num_labels"}
+)
+"""Config fields that are not worth carrying: how a run was set up, and what follows from other fields."""
+_ARCHITECTURE = re.compile(r"[A-Za-z_]\w{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """The base as the header names it; `parameters` counts its floating-point entries."""
+
+    name: str
+    fingerprint: str
+    parameters: int
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Global facts of an expert.
+
+    `density` and `alpha` as asked for; `scale` is lambda, 0 where each tensor has its own (`scope="tensor"`). `prefixes` are the class prefixes of the
+    base's and the tuned model's names; `config` the configuration fields that the tuned model changed; `tokens` the tokenizer's added tokens;
+    `adapter` the adapter_config.json of an expert made from PEFT; `metadata` is the user's.
+    """
+
+    method: Method
+    source: SourceKind
+    density: float
+    alpha: float
+    scope: Scope
+    scale: float
+    base: BaseFacts
+    writer: str
+    parameters: int
+    architecture: str | None = None
+    prefixes: tuple[str, str] = ("", "")
+    dropped: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokens: tuple[Mapping[str, Any], ...] = ()
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def carries(name: str) -> bool:
+    """Whether `compress` carries a config field of this name."""
+    return _allowed(name) and name not in _LEFT_OUT_CONFIG
+
+
+def _allowed(name: str) -> bool:
+    return not name.startswith("_") and name not in _REFUSED_CONFIG
+
+
+def check(facts: Facts) -> None:
+    """Raise InvalidArgument for the first fact out of its limits."""
+    _require(facts.method in ("compeft",), "method", facts.method, "compeft")
+    _require(facts.source in ("full", "lora", "ia3"), "source", facts.source, "full, lora or ia3")
+    _require(facts.scope in ("global", "tensor"), "scope", facts.scope, "global or tensor")
+    _require(0 < facts.density <= 1, "density", facts.density, "a number above 0, up to 1")
+    _require(0 < facts.alpha < 1e6, "alpha", facts.alpha, "a finite number above 0, below a million")
+    _require(math.isfinite(facts.scale) and facts.scale >= 0, "scale", facts.scale, "a finite number, 0 or more")
+    _require(0 <= facts.parameters < 1 << 53, "parameters", facts.parameters, "a count below 2^53")
+    _require(0 <= facts.base.parameters < 1 << 53, "base.parameters", facts.base.parameters, "a count below 2^53")
+    _require(re.fullmatch(r"[0-9a-f]{64}", facts.base.fingerprint) is not None, "base.fingerprint", facts.base.fingerprint, "64 hexadecimal digits")
+    for key, text in (("base.name", facts.base.name), ("base.revision", facts.base.revision or ""), ("writer", facts.writer), *zip(("prefixes",) * 2, facts.prefixes, strict=True)):
+        _require(len(text) <= _TEXT and text.isprintable(), key, text[:80], f"printable text of at most {_TEXT} characters")
+    _require(facts.architecture is None or _ARCHITECTURE.fullmatch(facts.architecture) is not None, "architecture", facts.architecture, "a class name")
+    for name in facts.config:
+        _require(_allowed(name), "config", name, "fields that describe the model, not where its code or weights come from")
+    for key in ("config", "adapter", "metadata"):
+        _require(_plain_json(getattr(facts, key), _DEPTH), key, "its value", f"plain JSON at most {_DEPTH} deep, with finite numbers")
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise InvalidArgument(f"{key} is {value!r}; expected {expected}")
+
+
+def _plain_json(value: object, depth: int) -> bool:
+    if depth < 0:
+        return False
+    if value is None or isinstance(value, bool | int | str):
+        return True
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _plain_json(v, depth - 1) for k, v in value.items())
+    return isinstance(value, list | tuple) and all(_plain_json(v, depth - 1) for v in value)
+
+
+def to_json(facts: Facts) -> str:
+    """Compact JSON with sorted keys; fields that hold nothing are left out. The same facts give the same text."""
+    value: dict[str, Any] = {"format": FORMAT, "base": {}}
+    for key in Facts.__slots__:
+        held = getattr(facts, key)
+        if key == "base":
+            value["base"] = {k: v for k in BaseFacts.__slots__ if (v := getattr(held, k)) is not None}
+        elif held not in (None, (), {}, ("", "")):
+            value[key] = held
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=dict)
+    if len(text.encode()) > LIMIT:
+        raise InvalidArgument(f"the expert's facts (metadata, config, adapter) take {len(text.encode())} bytes as JSON; at most {LIMIT} fit")
+    return text
+
+
+def from_json(text: str) -> Facts:
+    """The facts of a file; InvalidFile for anything but what `to_json` writes, unknown fields included."""
+    value = parse_json(text, "the expert's metadata")
+    version = value.pop("format", None)
+    if type(version) is not int or version < 1:
+        raise InvalidFile(f"the metadata's format is {version!r}; expected a version number")
+    if version > FORMAT:
+        raise InvalidFile(f"the file has format {version}, this Sterna reads up to {FORMAT}: use a newer Sterna")
+    base = value.pop("base", None)
+    try:
+        _expect_types(base, BaseFacts, {"name": str, "fingerprint": str, "parameters": int, "revision": str})
+        _expect_types(value, Facts, _TYPES)
+        for key in ("prefixes", "dropped", "excluded"):
+            if key in value:
+                value[key] = tuple(_expect(key, item, str) for item in value[key])
+        if "tokens" in value:
+            value["tokens"] = tuple(_expect("tokens", item, dict) for item in value["tokens"])
+        if "prefixes" in value and len(value["prefixes"]) != 2:
+            raise InvalidFile("the metadata's prefixes are not two")
+        value.setdefault("scale", 0.0)
+        value.setdefault("parameters", 0)
+        return Facts(base=BaseFacts(**base), **{k: float(v) if k in ("density", "alpha", "scale") else v for k, v in value.items()})
+    except TypeError as error:
+        raise InvalidFile(f"the expert's metadata lacks a field: {error}") from error
+    except (InvalidArgument, OverflowError) as error:
+        raise InvalidFile(f"the expert's metadata: {error}") from error
+
+
+_TYPES: dict[str, Any] = {
+    "method": str, "source": str, "density": (int, float), "alpha": (int, float), "scope": str, "scale": (int, float), "writer": str,
+    "parameters": int, "architecture": str, "prefixes": list, "dropped": list, "excluded": list, "config": dict, "tokens": list, "adapter": dict,
+    "metadata": dict,
+}  # fmt: skip
+
+
+def _expect_types(value: Any, of: type, types: dict[str, Any]) -> None:
+    _expect(of.__name__, value, dict)
+    for key, item in value.items():
+        if key not in types:
+            raise InvalidFile(f"the metadata has an unknown field {key[:80]!r}; a newer Sterna may read it")
+        _expect(key, item, types[key])
+
+
+def _expect(key: str, value: Any, types: Any) -> Any:
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise InvalidFile(f"the metadata's {key} is a {type(value).__name__}")
+    return value
+
+
+def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object without repeated keys, NaN or infinities; InvalidFile otherwise."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) != len(pairs):
+            raise InvalidFile(f"{what} repeats a key")
+        return seen
+
+    def refuse(constant: str) -> Any:
+        raise InvalidFile(f"{what} holds {constant}, which is not JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidFile):
+            raise
+        raise InvalidFile(f"{what} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidFile(f"{what} is a JSON {type(value).__name__}; expected an object")
+    return value

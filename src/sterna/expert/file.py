@@ -1,0 +1,98 @@
+"""An expert to and from its file. `docs/format.md` is the specification."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from sterna.codings import PADDING, U8
+from sterna.errors import InvalidFile
+from sterna.expert.changes import Set
+from sterna.expert.container import CHECKSUM, ITEM_BYTES, Container, Part, parse, pieces, read
+from sterna.expert.expert import Expert, exact_bytes
+from sterna.expert.facts import from_json, to_json
+from sterna.expert.table import read_table, write_table
+from sterna.writing import whole_file
+
+TABLE = "sterna.table"
+STREAMS = "sterna.streams"
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def save(expert: Expert, path: str | os.PathLike[str]) -> None:
+    """Write the file whole or not at all. Raises CannotWrite."""
+    with whole_file(path) as file:
+        for piece in file_pieces(expert):
+            file.write(piece)
+
+
+def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
+    """The file's bytes: exact tensors (widest dtype first, so that each is aligned), table, streams, checksum."""
+    exact = [change for change in expert.changes if isinstance(change, Set)]
+    exact.sort(key=lambda change: (-change.value.element_size(), change.name))
+    table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
+    streams = [ternary.stream for ternary in expert.ternaries]
+    parts: list[Part] = [(c.name, _CODES[c.value.dtype], tuple(c.value.shape), lambda c=c: iter([exact_bytes(c.value)])) for c in exact]  # type: ignore[misc]
+    parts.append((TABLE, "U8", (len(table),), lambda: iter([table])))
+    parts.append((STREAMS, "U8", (sum(s.size for s in streams),), lambda: (memoryview(s) for s in streams)))
+    return pieces(to_json(expert.facts), parts)
+
+
+def load(path: str | os.PathLike[str]) -> Expert:
+    """Read an expert from its file, checking everything that can be checked without decoding it.
+
+    Raises NotFound, or InvalidFile: not an expert, damaged, or with counts and sizes that do not fit.
+    """
+    container = read(path)
+    try:
+        return from_container(container)
+    except InvalidFile as error:
+        raise InvalidFile(f"{os.fspath(path)}: {error}") from error
+
+
+def from_bytes(data: bytes) -> Expert:
+    """An expert from the bytes of its file. Raises InvalidFile."""
+    padded = np.zeros(len(data) + PADDING, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return from_container(parse(padded))
+
+
+def from_container(container: Container) -> Expert:
+    """An expert of views into a file's bytes. Raises InvalidFile."""
+    facts = from_json(container.metadata)
+    unread = set(container.entries) - {TABLE, STREAMS, CHECKSUM}
+
+    def exact(name: str) -> torch.Tensor:
+        if name not in unread:
+            raise InvalidFile(f"the table tells of an exact tensor {name!r} that the file lacks")
+        unread.discard(name)
+        return _tensor(container, name)
+
+    table, streams = (container.entries.get(name) for name in (TABLE, STREAMS))
+    if table is None or streams is None or (table.dtype, streams.dtype) != ("U8", "U8"):
+        raise InvalidFile(f"the file lacks the U8 tensors {TABLE!r} and {STREAMS!r}")
+    scale = facts.scale if facts.scope == "global" else None
+    digest = bytes.fromhex(facts.base.fingerprint)
+    fingerprint, changes = read_table(container.data[table.start : table.stop].tobytes(), digest, container.data, streams.start, streams.stop, scale, exact)
+    if unread:
+        raise InvalidFile(f"the file has tensors that its table does not tell of: {', '.join(sorted(unread)[:4])}")
+    return Expert(facts, fingerprint, changes, container.digest.hex(), container.data.size - PADDING)
+
+
+def _tensor(container: Container, name: str) -> torch.Tensor:
+    entry = container.entries[name]
+    dtype = _DTYPES[entry.dtype]
+    if entry.start == entry.stop:
+        return torch.empty(entry.shape, dtype=dtype)
+    raw: U8 = container.data[entry.start : entry.stop]
+    if entry.start % ITEM_BYTES[entry.dtype]:  # other writers may not align
+        raw = raw.copy()
+    return torch.from_numpy(raw).view(dtype).reshape(entry.shape)

@@ -1,0 +1,160 @@
+"""Which base: a digest of its values that is the same in every lossless dtype, and tells a narrower load from another model.
+
+Of every floating-point tensor of the base, SHA-256 of its shape and of its values widened to float32; the same of the base rounded to bfloat16 and
+to float16. The fingerprint is SHA-256 over the first of these in the order of the sorted names; three bytes of each digest are kept to name culprits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sterna.errors import InvalidArgument
+
+SHORT = 3
+"""Bytes kept of each digest."""
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+"""The columns of a fingerprint: the base itself, and the base rounded to the two narrower dtypes."""
+HASHED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+_SLICE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fingerprint:
+    """`names` sorted; `digest` 32 bytes over all; `shorts` uint8[len(names), 3, SHORT], a column for each of PRECISIONS."""
+
+    names: tuple[str, ...]
+    digest: bytes
+    shorts: NDArray[np.uint8]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fingerprint):
+            return NotImplemented
+        return self.names == other.names and self.digest == other.digest and np.array_equal(self.shorts, other.shorts)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def hex(self) -> str:
+        return self.digest.hex()
+
+
+def tensor_digest(tensor: torch.Tensor, rounded_to: torch.dtype = torch.float32) -> bytes:
+    """SHA-256 of the tensor's shape and of its values, rounded to `rounded_to` and widened to float32; 32 bytes.
+
+    float64 values that float32 cannot hold are hashed as float64, and so equal no float32 tensor.
+    """
+    sha = hashlib.sha256(struct.pack(f"<B{tensor.dim()}Q", tensor.dim(), *tensor.shape))
+    flat = tensor.detach().reshape(-1)
+    narrow = torch.empty(min(_SLICE, flat.numel()), dtype=rounded_to) if rounded_to != torch.float32 else None
+    wide = torch.empty(min(_SLICE, flat.numel()), dtype=torch.float32)
+    for start in range(0, flat.numel(), _SLICE):
+        part = flat[start : start + _SLICE]
+        if part.dtype == torch.float64 and rounded_to == torch.float32 and not torch.equal(part.float().double(), part):
+            sha.update(memoryview(part.cpu().numpy()).cast("B"))
+            continue
+        if narrow is not None:
+            part = narrow[: part.numel()].copy_(part)
+        if part.dtype != torch.float32 or part.device.type != "cpu":
+            part = wide[: part.numel()].copy_(part)
+        sha.update(memoryview(part.numpy()).cast("B"))
+    return sha.digest()
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
+    """Fingerprint of a base given as its floating-point tensors by name. Tensors are hashed in parallel by torch's number of threads."""
+    names = tuple(sorted(tensors))
+    digests = _in_threads(_three_digests, [tensors[name] for name in names])
+    shorts = np.frombuffer(b"".join(d[:SHORT] for three in digests for d in three), np.uint8).reshape(len(names), 3, SHORT)
+    return Fingerprint(names, combine(three[0] for three in digests), shorts)
+
+
+def combine(digests: Iterable[bytes]) -> bytes:
+    """The digest over all tensors from theirs, in the order of the sorted names."""
+    return hashlib.sha256(b"".join(digests)).digest()
+
+
+def _three_digests(tensor: torch.Tensor) -> tuple[bytes, bytes, bytes]:
+    if tensor.dtype not in HASHED_DTYPES:
+        raise InvalidArgument(f"cannot fingerprint a tensor of dtype {tensor.dtype}; expected one of float32, bfloat16, float16")
+    exact = tensor_digest(tensor)
+    bf16 = exact if tensor.dtype == torch.bfloat16 else tensor_digest(tensor, torch.bfloat16)
+    fp16 = exact if tensor.dtype == torch.float16 else tensor_digest(tensor, torch.float16)
+    return exact, bf16, fp16
+
+
+def _in_threads(function, items):  # type: ignore[no-untyped-def]
+    if torch.get_num_threads() == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(function, items))
+
+
+class LiveDigests:
+    """Digests of live tensors, remembered by the tensor, its data pointer and its version, so that a swap does not hash again."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, tensors: list[torch.Tensor]) -> list[bytes]:
+        """32-byte digests of the tensors as they are now."""
+        missing = [t for t in tensors if self._lookup(t) is None]
+        for tensor, digest in zip(missing, _in_threads(tensor_digest, missing), strict=True):
+            self.remember(tensor, digest)
+        return [found for t in tensors if (found := self._lookup(t)) is not None]
+
+    def remember(self, tensor: torch.Tensor, digest: bytes) -> None:
+        """Note that `tensor`, as it is now, has that digest."""
+        self._known[tensor] = (tensor.data_ptr(), tensor._version, tensor.dtype, digest)
+
+    def _lookup(self, tensor: torch.Tensor) -> bytes | None:
+        known: tuple[int, int, torch.dtype, bytes] | None = self._known.get(tensor)
+        if known is None or known[:3] != (tensor.data_ptr(), tensor._version, tensor.dtype):
+            return None
+        return known[3]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How tensors compare to a fingerprint, by name: other values; the base rounded to their narrower dtype; not there to compare."""
+
+    different: tuple[str, ...]
+    narrower: tuple[str, ...]
+    absent: tuple[str, ...]
+
+    @property
+    def same(self) -> bool:
+        return not self.different and not self.narrower
+
+
+def compare(base: Fingerprint, digests: Mapping[str, tuple[bytes, torch.dtype]]) -> Comparison:
+    """Hold tensors, given as (digest, dtype) by the base's names, against a base's fingerprint.
+
+    The whole digest decides where every tensor is there; the short ones name culprits, and decide for a part of the base or a narrower load.
+    """
+    if len(digests) == len(base.names) and combine(digests[name][0] for name in base.names) == base.digest:
+        return Comparison((), (), ())
+    different: list[str] = []
+    narrower: list[str] = []
+    for name, row in zip(base.names, base.shorts, strict=True):
+        if name not in digests:
+            continue
+        digest, dtype = digests[name]
+        shorts = [column.tobytes() for column in row]
+        if digest[:SHORT] == shorts[0]:
+            continue
+        narrow = dtype in PRECISIONS[1:] and digest[:SHORT] == shorts[PRECISIONS.index(dtype)]
+        (narrower if narrow else different).append(name)
+    if not different and not narrower and len(digests) == len(base.names):
+        different = list(base.names)  # the short digests collide, the whole does not
+    return Comparison(tuple(different), tuple(narrower), tuple(name for name in base.names if name not in digests))

@@ -1,0 +1,323 @@
+"""Attach, swap, detach: an expert on a live model, in place, and off it again to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongBase, WrongModel
+from sterna.expert.changes import Add, Factors, Multiply, Set
+from sterna.expert.expert import Expert, factor_product, multiplier
+from sterna.fingerprint import LiveDigests, compare
+from sterna.live.head import Configure, Replace
+from sterna.live.lock import ReadWriteLock
+from sterna.live.update import NATIVE, Overwrite, Step, sparse_adds
+from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_unpatchable, unwrap
+from sterna.sources.names import some
+
+_patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
+_patched = WeakTensorKeyDictionary()  # tensors under some patch, so that a part of a patched model is not patched again
+_digests = LiveDigests()
+
+
+def attach(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, allow_narrower: bool = False) -> Patch:
+    """Put an expert (or its file) onto a live model, in place: same modules, same state_dict keys, no hook; on any device, in any float dtype.
+
+    `allow_narrower` accepts a model loaded in a narrower dtype than the expert's base.
+    Raises WrongBase, WrongModel, Unsupported, AlreadyAttached or InvalidFile, with the model as it was.
+    """
+    root = unwrap(model)
+    if root in _patches:
+        raise AlreadyAttached("the model carries an expert already; swap it, detach it, or merge the two experts first")
+    patch = Patch(root, _loaded(expert), allow_narrower)
+    _patches[root] = patch
+    return patch
+
+
+@contextlib.contextmanager
+def attached(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, allow_narrower: bool = False) -> Iterator[Patch]:
+    """`attach` for the length of a with block, `detach` after it (whatever was swapped in meanwhile)."""
+    patch = attach(model, expert, allow_narrower=allow_narrower)
+    try:
+        yield patch
+    finally:
+        if patch.attached:
+            patch.detach()
+
+
+def attached_to(model: torch.nn.Module) -> Patch | None:
+    """The patch that is on the model now, or None. `attached_to(model).expert` is the expert."""
+    return _patches.get(unwrap(model))
+
+
+class Patch:
+    """An expert that is on a live model. Made by `attach`."""
+
+    def __init__(self, root: torch.nn.Module, expert: Expert, allow_narrower: bool) -> None:
+        self._root = weakref.ref(root)
+        self._lock = ReadWriteLock()
+        self._on: _Plan | None = None
+        plan = _plan(root, expert, allow_narrower, None)
+        _apply(plan)
+        self._on = plan
+
+    def __repr__(self) -> str:
+        state = f"{self._on.expert.facts.base.name!r} expert" if self._on else "detached"
+        return f"<sterna.Patch: {state}>"
+
+    @property
+    def attached(self) -> bool:
+        """Whether the expert is still on the model."""
+        return self._on is not None
+
+    @property
+    def expert(self) -> Expert:
+        """The expert that is on the model now. Raises PatchError after detach."""
+        return self._now().expert
+
+    @property
+    def undo_bytes(self) -> int:
+        """Bytes held to restore the base: a word for each touched entry, whole tensors for dense updates and heads."""
+        return sum(step.undo_bytes for step in self._now().steps)
+
+    @property
+    def swallowed(self) -> float:
+        """Share of the updated entries whose value rounding to the live dtype left as it was, 0 to 1."""
+        steps = self._now().steps
+        return sum(step.swallowed for step in steps) / max(sum(step.updates for step in steps), 1)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Run inference inside: a swap or detach from another thread waits until it is left, and it waits while one is under way."""
+        with self._lock.reading():
+            self._now()
+            yield
+
+    def swap(self, expert: Expert | str | os.PathLike[str], *, allow_narrower: bool = False) -> None:
+        """Take the expert off and put another on; no reader sees anything between. On any failure the first one stays on."""
+        other = _loaded(expert)
+        with self._lock.writing():
+            old = self._now()
+            _refuse_changed(old)
+            new = _plan(self._live_root(), other, allow_narrower, old)
+            _revert(old)
+            try:
+                _apply(new)
+            except BaseException:
+                _apply(old)
+                raise
+            self._on = new
+
+    def detach(self, *, force: bool = False) -> None:
+        """Restore the base to the bit. Raises PatchError where somebody else changed the weights meanwhile; `force` restores what was saved all the same."""
+        with self._lock.writing():
+            old = self._now()
+            if not force:
+                _refuse_changed(old)
+            _revert(old)
+            self._on = None
+            root = self._root()
+            if root is not None:
+                _patches.pop(root, None)
+
+    def _now(self) -> _Plan:
+        if self._on is None:
+            raise PatchError("the patch is detached; attach the expert again")
+        return self._on
+
+    def _live_root(self) -> torch.nn.Module:
+        root = self._root()
+        if root is None:
+            raise PatchError("the model is gone")
+        return root
+
+
+class _Plan:
+    """Everything that attaching one expert to one model does, worked out before anything is changed."""
+
+    def __init__(self, expert: Expert, steps: Sequence[Step], touched: Sequence[torch.Tensor], digests: dict[int, bytes]) -> None:
+        self.expert = expert
+        self.steps = steps
+        self.touched = touched
+        self.base_digests = digests  # by position in `touched`
+        self.state: list[tuple[int, torch.dtype, torch.device]] = []
+
+    @property
+    def originals(self) -> dict[Place, torch.Tensor]:
+        return {place: tensor for step in self.steps if isinstance(step, Replace) for place, tensor in step.originals.items()}
+
+
+def _apply(plan: _Plan) -> None:
+    started: list[Step] = []
+    try:
+        with torch.no_grad():
+            for step in plan.steps:
+                started.append(step)
+                step.apply()
+    except BaseException:
+        with torch.no_grad():
+            for step in reversed(started):
+                step.revert()
+        _settle(plan)
+        raise
+    for tensor in plan.touched:
+        _patched[tensor] = True
+    _settle(plan)
+
+
+def _revert(plan: _Plan) -> None:
+    with torch.no_grad():
+        for step in reversed(plan.steps):
+            step.revert()
+    for tensor in plan.touched:
+        _patched.pop(tensor, None)
+    _settle(plan)
+
+
+def _settle(plan: _Plan) -> None:
+    """Note the versions that our own writes left, and that the base beneath is still the one that was hashed."""
+    plan.state = [(t._version, t.dtype, t.device) for t in plan.touched]
+    for position, digest in plan.base_digests.items():
+        _digests.remember(plan.touched[position], digest)
+
+
+def _refuse_changed(plan: _Plan) -> None:
+    for tensor, (version, dtype, device) in zip(plan.touched, plan.state, strict=True):
+        if (tensor.dtype, tensor.device) != (dtype, device):
+            raise PatchError(f"the model was moved or cast from {dtype} on {device} to {tensor.dtype} on {tensor.device} while an expert was on it: move it back")
+        if tensor._version != version:
+            raise PatchError("weights were changed while an expert was on the model (training, load_state_dict?); detach(force=True) restores what was saved")
+
+
+def _loaded(expert: Expert | str | os.PathLike[str]) -> Expert:
+    if isinstance(expert, Expert):
+        return expert
+    from sterna.expert.file import load
+
+    return load(expert)
+
+
+def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _Plan | None) -> _Plan:
+    """Check everything and work out the steps; `under` is the plan that is on the model now, and will be off before."""
+    adds = {change.name: change.levels.shape for change in expert.changes if isinstance(change, Add)}
+    names = expert.fingerprint.names
+    live = live_weights(root, names, tuple(adds.get(name) for name in names), under.originals if under else {})
+    slots = _touched_slots(root, expert, live)
+    refuse_unpatchable(root, slots.values())
+    if under is None and any(slot.tensor in _patched for slot in slots.values()):
+        raise AlreadyAttached("a part of the model, or a model that contains it, carries an expert already; detach it first")
+    known = _check_base(expert, live, allow_narrower)
+    steps: list[Step] = sparse_adds([(slots[c.name].tensor, c.levels) for c in expert.changes if isinstance(c, Add)])
+    for change in expert.changes:
+        if not isinstance(change, Add):
+            steps.extend(_steps_of(change, slots, live))
+    if expert.facts.config:
+        steps.append(Configure(root, expert.facts.config))
+    touched = list({id(slot.tensor): slot.tensor for slot in slots.values()}.values())
+    digests = {i: known[id(tensor)] for i, tensor in enumerate(touched) if id(tensor) in known}
+    return _Plan(expert, steps, touched, digests)
+
+
+def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> dict[str, Slot]:
+    """The live slot of every tensor that the expert changes. Raises WrongModel where one is missing or has another shape."""
+    found: dict[str, Slot] = {}
+    missing: list[str] = []
+    tuned_prefix = expert.facts.prefixes[1]
+    for change in expert.changes:
+        for name in (change.name, change.bias) if isinstance(change, Multiply) and change.bias else (change.name,):
+            slot = live.find(name, tuned_prefix)
+            if slot is None:
+                missing.append(name)
+                continue
+            found[name] = slot
+            wanted = _shape_wanted(change, name, slot)
+            if wanted is not None and tuple(slot.tensor.shape) != wanted:
+                raise WrongModel(f"{slot.name} has shape {tuple(slot.tensor.shape)} in the model, {wanted} in the expert: {_load_hint(root, expert)}")
+    if missing:
+        raise WrongModel(f"the model ({type(root).__name__}) has no {some(missing)}, which the expert changes: {_load_hint(root, expert)}")
+    return found
+
+
+def _shape_wanted(change: Add | Factors | Multiply | Set, name: str, slot: Slot) -> tuple[int, ...] | None:
+    """The shape that the live tensor must have; None where any will do."""
+    shape = tuple(slot.tensor.shape)
+    match change:
+        case Add():
+            return change.levels.shape
+        case Factors():
+            out, inner = change.B.shape[0], change.A.size // max(change.A.shape[0], 1)
+            flat = (inner, out) if change.transposed else (out, inner)
+            agrees = shape == flat or (not change.transposed and shape[:1] == (out,) and slot.tensor.numel() == out * inner)
+            return shape if agrees else flat
+        case Multiply():
+            along = shape[change.axis] if name == change.name and change.axis < len(shape) else shape[0] if shape else 0
+            return shape if along == change.vector.size else (change.vector.size,)
+        case Set(role="rows"):
+            return (change.first_row, *change.value.shape[1:])
+        case Set(role="buffer"):
+            return tuple(change.value.shape)
+    return None
+
+
+def _load_hint(root: torch.nn.Module, expert: Expert) -> str:
+    wanted = expert.facts.architecture
+    return f"load the base as {wanted}" if wanted and wanted != type(root).__name__ else "is this the model that the expert was made for?"
+
+
+def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict[int, bytes]:
+    """Raise WrongBase unless the live tensors are the expert's base; returns their digests by id."""
+    replaced = {change.name for change in expert.changes if isinstance(change, Set) and change.role != "rows"}
+    names = [name for name in expert.fingerprint.names if name in live.of_base and name not in replaced and live.of_base[name].tensor.dtype in NATIVE]
+    tensors = [live.of_base[name].tensor for name in names]
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.is_meta:
+            raise Unsupported(f"{name} is on the meta device (offloaded or not loaded); load the whole model first")
+    digests = _digests.of(tensors)
+    result = compare(expert.fingerprint, {name: (digest, t.dtype) for name, digest, t in zip(names, digests, tensors, strict=True)})
+    if result.different:
+        raise WrongBase(
+            f"the model is not the expert's base {expert.facts.base.name!r}: {len(result.different)} of {len(names)} tensors differ, "
+            f"the first {some(result.different)}"
+        )
+    if result.narrower and not allow_narrower:
+        dtype = str(live.of_base[result.narrower[0]].tensor.dtype).removeprefix("torch.")
+        raise WrongBase(
+            f"the model is the expert's base loaded in {dtype}, narrower than it was made on ({len(result.narrower)} tensors, {some(result.narrower, 2)}): "
+            "its weights are rounded already, and updates below half a spacing vanish. allow_narrower=True (--allow-narrower) accepts that; "
+            "patch.swallowed then tells the share that vanished"
+        )
+    return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
+
+
+def _steps_of(change: Factors | Multiply | Set | Any, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
+    slot = slots[change.name]
+    match change:
+        case Factors():
+            def merged(old: torch.Tensor, change: Factors = change) -> torch.Tensor:
+                return old.float() + factor_product(change, old.device).reshape(old.shape)
+
+            return [Overwrite(slot.tensor, merged, counts=True)]
+        case Multiply():
+            def scaled(old: torch.Tensor, change: Multiply = change) -> torch.Tensor:
+                return old.float() * multiplier(change, old.dim()).to(old.device)
+
+            names = (change.name, change.bias) if change.bias else (change.name,)
+            return [Overwrite(slots[name].tensor, scaled, counts=True) for name in names]
+        case Set():
+            sharing = [s for s in live.all.values() if s.tensor is slot.tensor]
+            if change.role == "rows":
+                return [Replace(sharing, lambda: torch.cat([slot.tensor.detach(), change.value.to(slot.tensor.device, slot.tensor.dtype)]))]
+            if change.role == "untied" and len(sharing) > 1:
+                return [Replace([slot], lambda: change.value.clone())]
+            if slot.tensor.shape != change.value.shape:
+                return [Replace(sharing, lambda: change.value.clone())]
+            return [Overwrite(slot.tensor, lambda old: change.value, counts=False)]
+    raise Unsupported(f"no update for a change of kind {type(change).__name__}")
+
+

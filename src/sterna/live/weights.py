@@ -1,0 +1,109 @@
+"""The tensors of a live model by the base's names, where each hangs, and which cannot be patched."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from sterna.errors import Unsupported, WrongModel
+from sterna.sources.checkpoint import refuse_tensor
+from sterna.sources.names import Alignment, align, plain, swap_prefix
+
+Place = tuple[int, str]
+"""A module's id and an attribute of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter or persistent buffer as it hangs in the model: `module.attribute is tensor`, unless a patch put another in its place."""
+
+    name: str
+    module: weakref.ref[torch.nn.Module]
+    attribute: str
+    tensor: torch.Tensor
+
+    @property
+    def owner(self) -> torch.nn.Module:
+        module = self.module()
+        if module is None:
+            raise WrongModel(f"the module that held {self.name} is gone")
+        return module
+
+    @property
+    def place(self) -> Place:
+        return (id(self.module()), self.attribute)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile."""
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", model)
+        if inner is model or not isinstance(inner, torch.nn.Module):
+            return model
+        model = inner
+
+
+_plain = lru_cache(maxsize=1 << 16)(plain)
+
+
+def slots(model: torch.nn.Module, originals: Mapping[Place, torch.Tensor]) -> dict[str, Slot]:
+    """Every parameter and persistent buffer by its plain name, shared ones under each of theirs. `originals` are what a patch has replaced."""
+    found: dict[str, Slot] = {}
+    stack = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        reference = weakref.ref(module)
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and attribute not in module._non_persistent_buffers_set:
+                if originals:
+                    tensor = originals.get((id(module), attribute), tensor)
+                name = _plain(prefix + attribute)
+                found[name] = Slot(name, reference, attribute, tensor)
+        stack.extend((f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWeights:
+    """A live model seen through a base's names. `of_base` has the slots of the base's tensors; `all` every slot by its own plain name."""
+
+    all: dict[str, Slot]
+    of_base: dict[str, Slot]
+    alignment: Alignment
+
+    def find(self, name: str, tuned_prefix: str) -> Slot | None:
+        """The slot of a tensor that the base may lack, named as the tuned model names it."""
+        return self.of_base.get(name) or self.all.get(name) or self.all.get(swap_prefix(name, tuned_prefix, self.alignment.other_prefix))
+
+
+@lru_cache(maxsize=64)
+def _aligned(names: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...], live: tuple[tuple[str, tuple[int, ...]], ...]) -> Alignment:
+    return align(dict(zip(names, shapes, strict=True)), dict(live))
+
+
+def live_weights(
+    model: torch.nn.Module, names: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...], originals: Mapping[Place, torch.Tensor]
+) -> LiveWeights:
+    """The model's slots by the base names `names`; `shapes` where the expert knows them. Raises PairingError where nothing corresponds."""
+    found = slots(model, originals)
+    alignment = _aligned(names, shapes, tuple((name, tuple(slot.tensor.shape)) for name, slot in found.items()))
+    return LiveWeights(found, {base: found[own] for base, own in alignment.to_other.items()}, alignment)
+
+
+def refuse_unpatchable(model: torch.nn.Module, touched: Iterable[Slot]) -> None:
+    """Raise Unsupported for a tensor that cannot be changed in place and restored to the bit."""
+    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
+        raise Unsupported("the model is quantized; attach experts to plain float32, float16 or bfloat16 weights")
+    for slot in touched:
+        tensor = slot.tensor
+        refuse_tensor(slot.name, tensor)
+        if tensor.is_inference():
+            raise Unsupported(f"{slot.name} was created under torch.inference_mode and cannot be changed outside it; load the model without that mode")
+        hook = getattr(slot.owner, "_hf_hook", None)
+        if hook is not None and getattr(hook, "offload", False):
+            raise Unsupported(f"{slot.name} is offloaded by accelerate (its values are elsewhere between forwards); load the model without offloading")

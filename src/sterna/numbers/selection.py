@@ -1,0 +1,92 @@
+"""The exact k-th largest magnitude of a stream of float32 values, by counting on their bits in two passes.
+
+Magnitudes of floats order as their bits do without the sign. The first pass counts the upper 16 of those 31 bits, the second the lower 15
+inside the one bin that holds the k-th. Memory is two histograms, whatever the length; nothing is sorted and nothing is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+UPPER_BINS = 1 << 16
+LOWER_BINS = 1 << 15
+_FIRST_NONFINITE = 0x7F800000 >> 15
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Keep every magnitude whose bits are above `bits`, and the first `ties` (by flat index) of those equal to it; `count` in all."""
+
+    bits: int
+    ties: int
+    count: int
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def count_upper(values: NDArray[np.float32], histogram: NDArray[np.int64]) -> None:
+    """Add the float32 `values` to the int64[65536] `histogram` of the upper bits of their magnitudes."""
+    bits = values.view(np.uint32)
+    for i in range(bits.size):
+        histogram[(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(15)] += 1
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def count_lower(values: NDArray[np.float32], upper: int, histogram: NDArray[np.int64]) -> None:
+    """Add those `values` whose upper bits are `upper` to the int64[32768] `histogram` of their lower bits."""
+    bits = values.view(np.uint32)
+    wanted = np.uint32(upper)
+    for i in range(bits.size):
+        magnitude = bits[i] & np.uint32(0x7FFFFFFF)
+        if magnitude >> np.uint32(15) == wanted:
+            histogram[magnitude & np.uint32(0x7FFF)] += 1
+
+
+def has_nonfinite(upper: NDArray[np.int64]) -> bool:
+    """Whether a NaN or an infinity was counted."""
+    return bool(upper[_FIRST_NONFINITE:].any())
+
+
+def locate_upper(upper: NDArray[np.int64], wanted: int) -> tuple[int, int]:
+    """The bin of the upper histogram that holds the `wanted`-th largest magnitude, and how many of `wanted` lie above that bin."""
+    return _from_top(upper, wanted)
+
+
+def locate(upper_bin: int, above: int, lower: NDArray[np.int64], wanted: int) -> Threshold:
+    """The threshold that keeps exactly `wanted` entries, or all non-zeros where there are fewer."""
+    if wanted == 0:
+        return Threshold(bits=0x7FFFFFFF, ties=0, count=0)
+    lower_bin, larger = _from_top(lower, wanted - above)
+    bits = (upper_bin << 15) | lower_bin
+    if bits == 0:  # zeros are never kept, so the tie at zero keeps none
+        return Threshold(bits=0, ties=0, count=above + larger)
+    return Threshold(bits=bits, ties=wanted - above - larger, count=wanted)
+
+
+def _from_top(histogram: NDArray[np.int64], wanted: int) -> tuple[int, int]:
+    from_top = np.cumsum(histogram[::-1])
+    at = int(np.searchsorted(from_top, wanted))
+    if at == histogram.size:  # fewer values than wanted: everything is kept
+        at -= 1
+    return histogram.size - 1 - at, int(from_top[at - 1]) if at else 0
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def emit(values: NDArray[np.float32], first: int, bits: int, ties: int, codes: NDArray[np.uint32]) -> tuple[int, int]:
+    """Write `index << 1 | negative` of every kept value to `codes`, indices counted from `first`; returns (kept, ties left)."""
+    patterns = values.view(np.uint32)
+    threshold = np.uint32(bits)
+    kept = np.uint64(0)
+    for i in range(patterns.size):
+        pattern = patterns[i]
+        magnitude = pattern & np.uint32(0x7FFFFFFF)
+        codes[kept] = np.uint32(first + i) << np.uint32(1) | pattern >> np.uint32(31)
+        take = magnitude > threshold
+        if magnitude == threshold and ties > 0:
+            ties -= 1
+            take = True
+        kept += np.uint64(take)
+    return np.int64(kept), ties

@@ -1,0 +1,169 @@
+"""A base and a tuned model brought together by name: which tensors make up the task vector, which are kept exact, which were dropped."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sterna.errors import InvalidArgument, PairingError, Unsupported
+from sterna.expert.changes import Role
+from sterna.sources.checkpoint import Checkpoint, is_buffer
+from sterna.sources.names import NONPERSISTENT, Alignment, align, is_embedding, is_head, last, near, plain, some, swap_prefix
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor that base and tuned model share; only its first `rows` rows where the tuned one grew."""
+
+    name: str  # the base's
+    tuned: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """A tensor of the tuned model that is kept as it is, from row `first_row` on."""
+
+    name: str
+    tuned: str
+    role: Role
+    first_row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """`pairs` in the order of the flat task vector; `prefixes` are the class prefixes of the base's and the tuned model's names."""
+
+    pairs: tuple[Pair, ...]
+    exact: tuple[Exact, ...]
+    dropped: tuple[str, ...]
+    excluded: tuple[str, ...]
+    prefixes: tuple[str, str]
+    warnings: tuple[str, ...]
+
+    @property
+    def entries(self) -> int:
+        """d, the length of the task vector."""
+        return sum(torch.Size(pair.shape).numel() for pair in self.pairs)
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pairing:
+    """Bring two full checkpoints together. `exclude` are glob patterns over the base's names.
+
+    Raises PairingError (tensors missing inside a layer, nothing in common), Unsupported (quantized), InvalidArgument (a pattern without a match).
+    """
+    for side, checkpoint in (("base", base), ("tuned model", tuned)):
+        if checkpoint.config.get("quantization_config"):
+            raise Unsupported(f"the {side} {checkpoint.label!r} is quantized (config.quantization_config); expected plain float weights")
+        leftover = [name for name in checkpoint.tensors if ".lora_" in name or ".ia3_l" in name]
+        if leftover:
+            raise Unsupported(f"the {side} {checkpoint.label!r} holds unmerged adapter tensors ({some(leftover)}); merge them, or give the adapter folder")
+    alignment = align(base.shapes, tuned.shapes)
+    prefixes = (alignment.base_prefix, alignment.other_prefix)
+    skipped = excluded_names(base, tuned, alignment, exclude)
+    pairs: list[Pair] = []
+    exact: list[Exact] = []
+    warnings: list[str] = []
+    for name in sorted(alignment.to_other):
+        other = alignment.to_other[name]
+        if name in skipped:
+            continue
+        ours, theirs = base.tensors[name], tuned.tensors[other]
+        if is_buffer(base, name) or is_buffer(tuned, other) or not ours.dtype.is_floating_point:
+            if last(plain(name)) not in NONPERSISTENT and (ours != theirs or not torch.equal(base.read(name), tuned.read(other))):
+                exact.append(Exact(name, other, "buffer"))
+        elif is_head(plain(name), alignment.base_prefix):
+            exact.append(Exact(name, other, "head"))
+        elif ours.shape == theirs.shape:
+            _require_float(name, ours.dtype, theirs.dtype)
+            pairs.append(Pair(name, other, ours.shape))
+        elif is_embedding(name) and ours.shape[1:] == theirs.shape[1:] and ours.shape[0] < theirs.shape[0]:
+            _require_float(name, ours.dtype, theirs.dtype)
+            pairs.append(Pair(name, other, ours.shape))
+            exact.append(Exact(name, other, "rows", ours.shape[0]))
+        else:
+            exact.append(Exact(name, other, "head"))
+    matched = {plain(p.name) for p in pairs} | {plain(e.name) for e in exact if e.role == "buffer"}
+    reshaped = [e.name for e in exact if e.role == "head" and e.name in alignment.to_other and not is_head(plain(e.name), alignment.base_prefix)]
+    if len(reshaped) > len(pairs):
+        raise PairingError(
+            f"most tensors differ in shape ({some(reshaped)}), only {len(pairs)} agree: these are two models, not a base and its fine-tune"
+        )
+    extra = _extra(base, tuned, alignment, matched, skipped)
+    for name in extra:
+        role: Role = "untied" if plain(name) in _aliases_as_tuned(base, prefixes) else "head"
+        if role == "untied":
+            warnings.append(f"{name} is tied in the base and separate in the tuned model; its copy is kept exact")
+        exact.append(Exact(swap_prefix(plain(name), *prefixes[::-1]) if role == "untied" else plain(name), name, role))
+    dropped = _missing(base, tuned, alignment, matched, skipped)
+    return Pairing(tuple(pairs), tuple(sorted(exact, key=lambda e: (e.name, e.role))), dropped, tuple(sorted(skipped)), prefixes, tuple(warnings))
+
+
+def excluded_names(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, patterns: Sequence[str]) -> frozenset[str]:
+    """Base names (and plain names of the tuned model's own tensors) that the glob patterns match."""
+    known = set(base.tensors) | {plain(n) for n in tuned.tensors if n not in set(alignment.to_other.values())}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = fnmatch.filter(known, pattern)
+        if not hits:
+            suggestions = near(pattern, known)
+            raise InvalidArgument(f"--exclude {pattern!r} matches no tensor" + (f"; near names: {', '.join(suggestions)}" if suggestions else ""))
+        chosen.update(hits)
+    return frozenset(chosen)
+
+
+def _require_float(name: str, *dtypes: torch.dtype) -> None:
+    for dtype in dtypes:
+        if dtype not in FLOATS:
+            raise Unsupported(f"{name} is {dtype}; expected float32, float16 or bfloat16 (convert float64 models to float32 first)")
+
+
+def _aliases_as_tuned(base: Checkpoint, prefixes: tuple[str, str]) -> frozenset[str]:
+    """Plain names, as the tuned model would write them, that the base ties to another tensor."""
+    tied = set(base.aliases)
+    if base.config.get("tie_word_embeddings") is not False and "lm_head.weight" not in {plain(n) for n in base.tensors}:
+        tied.add("lm_head.weight")
+    return frozenset(swap_prefix(plain(name), *prefixes) for name in tied)
+
+
+def _inside(name: str, matched: Iterable[str]) -> bool:
+    """Whether `name` lies in a module, below the model's first level, that has matched tensors."""
+    parts = name.split(".")
+    ancestors = {".".join(parts[:depth]) + "." for depth in range(2, len(parts))}
+    parent = name.rpartition(".")[0] + "."
+    return any(other.startswith(parent) and parent != "." or any(other.startswith(a) for a in ancestors) for other in matched)
+
+
+def _extra(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, matched: set[str], skipped: frozenset[str]) -> list[str]:
+    """Tuned tensors that the base lacks: heads; an error where they lie inside a layer that both have."""
+    used = set(alignment.to_other.values())
+    as_base = {name: swap_prefix(plain(name), alignment.other_prefix, alignment.base_prefix) for name in tuned.tensors if name not in used}
+    extra = [
+        name for name, there in sorted(as_base.items()) if plain(name) not in skipped and there not in skipped and last(there) not in NONPERSISTENT
+    ]
+    misplaced = [name for name in extra if not is_head(plain(name), alignment.other_prefix) and _inside(as_base[name], matched)]
+    if misplaced:
+        raise PairingError(f"the tuned model has tensors inside layers that the base lacks there: {some(misplaced, 8)}{_both(base, tuned, alignment)}")
+    return extra
+
+
+def _missing(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, matched: set[str], skipped: frozenset[str]) -> tuple[str, ...]:
+    """Base tensors that the tuned model dropped with their whole module; an error where they are missing inside a layer that both have."""
+    gone = [name for name in sorted(base.tensors) if name not in alignment.to_other and name not in skipped]
+    untold = [name for name in gone if last(plain(name)) not in NONPERSISTENT and alignment.other_of(name) not in {plain(a) for a in tuned.aliases}]
+    lost = [name for name in untold if _inside(plain(name), matched)]
+    if lost:
+        raise PairingError(f"the tuned model lacks tensors inside layers that it shares with the base: {some(lost, 8)}{_both(base, tuned, alignment)}")
+    return tuple(gone)
+
+
+def _both(base: Checkpoint, tuned: Checkpoint, alignment: Alignment) -> str:
+    used = set(alignment.to_other.values())
+    only_base = [n for n in sorted(base.tensors) if n not in alignment.to_other]
+    only_tuned = [n for n in sorted(tuned.tensors) if n not in used]
+    return f" (only in the base: {some(only_base, 8) or 'none'}; only in the tuned model: {some(only_tuned, 8) or 'none'})"
