@@ -1,9 +1,9 @@
 """Sterna: experts, small files of what fine-tuning taught a model.
 
-    expert = sterna.compress(base, tuned)          # a tuned model becomes a small file
-    expert.save("legal.safetensors")
-    with sterna.attached(model, sterna.load("legal.safetensors")):
-        ...                                        # the live model is the tuned one, and the base again after, to the bit
+expert = sterna.compress(base, tuned)          # a tuned model becomes a small file
+expert.save("legal.safetensors")
+with sterna.attached(model, sterna.load("legal.safetensors")):
+    ...                                        # the live model is the tuned one, and the base again after, to the bit
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ _WHERE = {
     "Fingerprint": "sterna.fingerprint",
     "Patch": "sterna.live.patch",
     "SternaError": "sterna.errors",
+    "apply": "sterna.applying",
     "attach": "sterna.live.patch",
     "attached": "sterna.live.patch",
     "attached_to": "sterna.live.patch",
     "compress": "sterna.compression",
+    "inspect": "sterna.summary",
     "load": "sterna.expert.file",
+    "verify": "sterna.verification",
 }
 
 if TYPE_CHECKING:
+    from sterna.applying import apply as apply
     from sterna.compression import compress as compress
     from sterna.errors import SternaError as SternaError
     from sterna.expert.expert import Expert as Expert
@@ -35,8 +39,11 @@ if TYPE_CHECKING:
     from sterna.live.patch import attach as attach
     from sterna.live.patch import attached as attached
     from sterna.live.patch import attached_to as attached_to
+    from sterna.summary import inspect as inspect
+    from sterna.verification import verify as verify
 
-__all__ = ["Expert", "Fingerprint", "Patch", "SternaError", "__version__", "attach", "attached", "attached_to", "compress", "load"]
+__all__ = ["Expert", "Fingerprint", "Patch", "SternaError", "__version__"]
+__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,39 +12,23 @@ import mmap
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import TypeVar
+from functools import partial
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sterna.codings import CHUNK, PADDING, U8, Coding
+from sterna.codings import PADDING, U8, Coding
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert.changes import Ternary
 from sterna.numbers import moments, selection
 from sterna.progress import Progress
+from sterna.taskvector import F32, Piece
 
-F32 = NDArray[np.float32]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of the task vector. `read(start, stop)` gives its flat entries as float32; it may be called from several threads."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[int, int], F32]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    def chunks(self) -> list[tuple[Piece, int, int]]:
-        return [(self, start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK)]
 
 
 def kept_entries(density: float, entries: int) -> int:
@@ -134,7 +118,7 @@ def _counted(bins: int, count: Callable[[F32, NDArray[np.int64]], None], tau: F3
 
 
 def _write_streams(
-    pieces: Sequence[Piece], threshold: selection.Threshold, coding: Coding, file: tempfile._TemporaryFileWrapper[bytes], advance: Callable[[int], None]
+    pieces: Sequence[Piece], threshold: selection.Threshold, coding: Coding, file: IO[bytes], advance: Callable[[int], None]
 ) -> Iterator[tuple[Piece, int, int]]:
     """Code the pieces one after another into `file`; yields (piece, first byte, byte after the last)."""
     ties = threshold.ties
@@ -147,7 +131,7 @@ def _write_streams(
 
     for piece in pieces:
         begin = file.tell()
-        for chunk, (record, used) in _ordered(lambda chunk: levels(chunk, ties), piece.chunks()):
+        for chunk, (record, used) in _ordered(partial(levels, ties=ties), piece.chunks()):
             if used > ties:  # an earlier chunk, worked on at the same time, took some of them
                 record, used = levels(chunk, ties)
             ties -= used
@@ -179,5 +163,3 @@ def _ordered(work: Callable[[tuple[Piece, int, int]], T], chunks: Iterable[tuple
             if i + ahead < len(listed):
                 waiting.append(pool.submit(work, listed[i + ahead]))
             yield chunk, result
-
-

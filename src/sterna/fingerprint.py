@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sterna.errors import InvalidArgument
+from sterna.errors import InvalidArgument, WrongBase
 
 SHORT = 3
 """Bytes kept of each digest."""
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 """The columns of a fingerprint: the base itself, and the base rounded to the two narrower dtypes."""
 HASHED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+T = TypeVar("T")
 
 _SLICE = 1 << 20
 
@@ -93,7 +96,7 @@ def _three_digests(tensor: torch.Tensor) -> tuple[bytes, bytes, bytes]:
     return exact, bf16, fp16
 
 
-def _in_threads(function, items):  # type: ignore[no-untyped-def]
+def _in_threads(function: Callable[[torch.Tensor], T], items: list[torch.Tensor]) -> list[T]:
     if torch.get_num_threads() == 1 or len(items) < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -118,7 +121,7 @@ class LiveDigests:
         self._known[tensor] = (tensor.data_ptr(), tensor._version, tensor.dtype, digest)
 
     def _lookup(self, tensor: torch.Tensor) -> bytes | None:
-        known: tuple[int, int, torch.dtype, bytes] | None = self._known.get(tensor)
+        known: tuple[int, int, torch.dtype, bytes] | None = self._known.get(tensor)  # type: ignore[no-untyped-call]
         if known is None or known[:3] != (tensor.data_ptr(), tensor._version, tensor.dtype):
             return None
         return known[3]
@@ -158,3 +161,19 @@ def compare(base: Fingerprint, digests: Mapping[str, tuple[bytes, torch.dtype]])
     if not different and not narrower and len(digests) == len(base.names):
         different = list(base.names)  # the short digests collide, the whole does not
     return Comparison(tuple(different), tuple(narrower), tuple(name for name in base.names if name not in digests))
+
+
+def require_base(base: Fingerprint, label: str, digests: Mapping[str, tuple[bytes, torch.dtype]], allow_narrower: bool) -> Comparison:
+    """Raise WrongBase, naming the first culprits, unless the tensors are the base called `label`, or a narrower load that is allowed."""
+    result = compare(base, digests)
+    if result.different:
+        first = ", ".join(result.different[:4])
+        raise WrongBase(f"this is not the expert's base {label!r}: {len(result.different)} of {len(digests)} tensors differ, the first: {first}")
+    if result.narrower and not allow_narrower:
+        dtype = str(digests[result.narrower[0]][1]).removeprefix("torch.")
+        raise WrongBase(
+            f"this is the expert's base {label!r} in {dtype}, narrower than the one it was made on ({len(result.narrower)} tensors, the first: "
+            f"{result.narrower[0]}): its weights are rounded already, and updates below half a spacing vanish. "
+            "allow_narrower=True (--allow-narrower) accepts that"
+        )
+    return result

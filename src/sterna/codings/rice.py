@@ -30,7 +30,7 @@ _U = np.uint64
 
 
 @njit(nogil=True, cache=True, boundscheck=False, inline="always")
-def _put(out, state, fill, at, value, width):  # type: ignore[no-untyped-def]
+def _put(out, state, fill, at, value, width):
     """Append `width` <= 32 bits to the bit writer (state, fill, at); returns its new state."""
     state |= value << fill
     fill += width
@@ -43,7 +43,7 @@ def _put(out, state, fill, at, value, width):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _cost(gaps, n, parameter):  # type: ignore[no-untyped-def]
+def _cost(gaps, n, parameter):
     """Bits of the low, third, which and quotient planes under parameter 2 * b + tripled."""
     b = np.uint32(parameter >> 1)
     bits = np.int64(n) * (np.int64(b) + 1)
@@ -60,7 +60,7 @@ def _cost(gaps, n, parameter):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _best_parameter(gaps, n, zeros):  # type: ignore[no-untyped-def]
+def _best_parameter(gaps, n, zeros):
     """The cheapest parameter near M = ln 2 * mean gap, walking while the cost falls."""
     wanted = 0.6931 * zeros / n
     rank = 0  # M = 1, 2, 3, 4, 6, 8, 12, ...: rank r >= 1 has b = (r - 1) // 2 + 1 or tripled b = r // 2 - 1
@@ -85,7 +85,7 @@ def _best_parameter(gaps, n, zeros):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False, inline="always")
-def _parameter_of(rank):  # type: ignore[no-untyped-def]
+def _parameter_of(rank):
     if rank == 0:
         return 0
     if rank & 1:
@@ -94,13 +94,13 @@ def _parameter_of(rank):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False, inline="always")
-def _divisor(rank):  # type: ignore[no-untyped-def]
+def _divisor(rank):
     parameter = _parameter_of(rank)
     return (3 if parameter & 1 else 1) << (parameter >> 1)
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _encode_block(codes, first, n, origin, size, gaps, out, at):  # type: ignore[no-untyped-def]
+def _encode_block(codes, first, n, origin, size, gaps, out, at):
     """Write codes[first:first+n], positions counted from `origin`, as one block at out[at]; returns (parameter, next at)."""
     state = _U(0)
     fill = _U(0)
@@ -145,7 +145,7 @@ def _encode_block(codes, first, n, origin, size, gaps, out, at):  # type: ignore
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _put_varint(out, at, value):  # type: ignore[no-untyped-def]
+def _put_varint(out, at, value):
     """LEB128: 7 bits a byte, low first, the top bit set on all but the last."""
     while value >= 128:
         out[at] = np.uint8((value & 127) | 128)
@@ -156,7 +156,7 @@ def _put_varint(out, at, value):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _encode_chunk(codes, entries, log2, gaps, out, index):  # type: ignore[no-untyped-def]
+def _encode_chunk(codes, entries, log2, gaps, out, index):
     """Code a chunk in blocks of 2^log2 entries; returns (payload bytes, index bytes)."""
     index[0] = log2
     at = 0
@@ -181,13 +181,13 @@ def _encode_chunk(codes, entries, log2, gaps, out, index):  # type: ignore[no-un
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _get_varint(data, at, stop):  # type: ignore[no-untyped-def]
+def _get_varint(data, at, stop):
     """(value, next at); next at is -1 for a varint that runs past `stop` or past 35 bits."""
     value = 0
     for shift in range(0, 35, 7):
         if at >= stop:
             return 0, -1
-        byte = np.int64(data[at])
+        byte = int(data[at])
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
@@ -196,7 +196,7 @@ def _get_varint(data, at, stop):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _read_index(data, at, stop, entries, columns):  # type: ignore[no-untyped-def]
+def _read_index(data, at, stop, entries, columns):
     """Walk the records of a stream and fill the int64 columns (start, size, count, offset, length, parameter) as far as there are any.
 
     Returns the number of blocks, -1 for an index that breaks a rule of the format.
@@ -205,7 +205,7 @@ def _read_index(data, at, stop, entries, columns):  # type: ignore[no-untyped-de
     for chunk in range(0, entries, CHUNK):
         if at >= stop:
             return -1
-        log2 = np.int64(data[at])
+        log2 = int(data[at])
         at += 1
         if log2 > 20:
             return -1
@@ -222,7 +222,7 @@ def _read_index(data, at, stop, entries, columns):  # type: ignore[no-untyped-de
             if count:
                 if at >= stop:
                     return -1
-                parameter = np.int64(data[at])
+                parameter = int(data[at])
                 length, at = _get_varint(data, at + 1, stop)
                 if at < 0 or length > stop:
                     return -1
@@ -249,7 +249,7 @@ def _read_index(data, at, stop, entries, columns):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _decode_block(data, offset, length, n, parameter, size, codes, out):  # type: ignore[no-untyped-def]
+def _decode_block(data, offset, length, n, parameter, size, codes, out):
     """Codes of one block at codes[out:out+n]; False where the block's bits end early or a position leaves the block."""
     start = _U(offset) << _U(3)
     end = start + (_U(length) << _U(3))
@@ -309,7 +309,7 @@ def _decode_block(data, offset, length, n, parameter, size, codes, out):  # type
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _decode_blocks(data, size, count, offset, length, parameter, codes):  # type: ignore[no-untyped-def]
+def _decode_blocks(data, size, count, offset, length, parameter, codes):
     """Decode blocks one after another into `codes`; returns the first that does not decode, or -1."""
     out = 0
     for k in range(count.size):

@@ -37,10 +37,18 @@ def prune_only(tau: torch.Tensor, density: float) -> torch.Tensor:
 def stc(tau: torch.Tensor, density: float) -> torch.Tensor:
     """Sparse ternary compression: sign(tau) on the support times mean |tau| there (the mean magnitude, not the signed mean)."""
     mask = support(tau, density)
-    if not bool(mask.any()):
-        return torch.zeros_like(tau)
-    mean = tau[mask].abs().double().mean().float()
-    return torch.where(mask, tau.sign() * mean, 0.0)
+    return torch.where(mask, tau.sign() * mean_magnitude(tau[mask]), 0.0)
+
+
+def mean_magnitude(values: torch.Tensor) -> torch.Tensor:
+    """Mean |value| in fp64, rounded to fp32; 0 of nothing. On the support it is the scale of least squares."""
+    return values.abs().double().sum().div(max(values.numel(), 1)).float()
+
+
+def mean_in_std(tau: torch.Tensor, density: float) -> float:
+    """STC's scale in units of ComPEFT's alpha: mean |tau| on the support over the std of the whole."""
+    std = float(tau.double().std())
+    return float(mean_magnitude(tau[support(tau, density)])) / std if std else 0.0
 
 
 def compeft(tau: torch.Tensor, density: float, alpha: float) -> torch.Tensor:

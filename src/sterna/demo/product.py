@@ -11,28 +11,28 @@ import sterna
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What an expert takes on disk, header included, and against its reference of 16 bits a parameter.
+    """What an expert takes on disk, header included, and what it is measured against.
 
-    `bits` are those of the streams, the table and the header for each of `parameters`;
-    `exact` are the bytes of tensors kept as they are, the head first of all.
+    `exact` are the bytes of tensors kept as they are, the head first of all; `uncompressed` those of a 16-bit copy of the task vector and of these
+    tensors. `bits` are those of the streams and the table for each of `parameters`; `entropy` is the i.i.d. bound.
     """
 
     bytes: int
     exact: int
+    uncompressed: int
     parameters: int
     nonzeros: int
     bits: float
     entropy: float
 
     @property
-    def uncompressed(self) -> int:
-        """Bytes of the dense delta at 16 bits a parameter, with the same exact tensors."""
-        return 2 * self.parameters + self.exact
+    def pruned(self) -> int:
+        """Bytes of the same support with 16-bit values: this coding of the positions, a value in the place of each sign bit."""
+        return self.bytes + 15 * self.nonzeros // 8
 
     @property
-    def pruned(self) -> int:
-        """Bytes of the same support with 16-bit values: this coding of the positions, the value in the place of the sign bit."""
-        return self.bytes + 2 * self.nonzeros - self.nonzeros // 8
+    def pruned_bits(self) -> float:
+        return self.bits + 15 * self.nonzeros / self.parameters
 
 
 def saved(expert: sterna.Expert, folder: Path, name: str) -> Path:
@@ -47,6 +47,7 @@ def measured(expert: sterna.Expert) -> Size:
     return Size(
         bytes=summary.bytes,
         exact=summary.bytes_exact,
+        uncompressed=round(summary.ratio_to_16bit * summary.bytes),
         parameters=summary.parameters,
         nonzeros=summary.nonzeros,
         bits=summary.bits_per_parameter,

@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sterna.demo.intervals import Estimate
 from sterna.demo.timing import Latency, Steps
 
 COLUMNS = ("", "density", "scale", "bytes on disk", "to 16 bit", "bits/param", "entropy", "accuracy, %", "to uncompressed")
+WIDTH = 140
+"""Characters that the table takes with intervals beside their values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,11 @@ class TaskResult:
     rows: tuple[Row, ...]
 
     @property
-    def title(self) -> str:
-        return f"{self.name}: {self.classes} classes, {self.training}, {self.parameters:,} parameters"
+    def line(self) -> str:
+        return (
+            f"{self.name}: {self.classes} classes, {self.training} of {self.parameters:,} parameters on {self.train_rows:,} texts; "
+            f"{self.validation_rows:,} validation and {self.test_rows:,} test texts."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +99,32 @@ class DemoResult:
         """Plain values for JSON."""
         return asdict(self)
 
-    def table(self) -> Group:
-        """What `rich.print` shows: one table, then the live lines and the notes."""
+    def table(self, narrow: bool = False) -> Table:
+        """One table for a terminal; `narrow` puts intervals on a line of their own."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(COLUMNS):
             table.add_column(column, justify="left" if place == 0 else "right", no_wrap=place != 0)
         for task in self.tasks:
             table.add_section()
-            table.add_row(f"[bold]{task.title}[/bold]")
+            table.add_row(f"[bold]{escape(task.name)}[/bold]")
             for row in task.rows:
-                table.add_row(*row.cells())
-        return Group(table, *self.lines())
+                cells = row.cells()
+                table.add_row(*(cell.replace(" (", "\n(") for cell in cells) if narrow else cells)
+        return table
+
+    def print(self, console: Console) -> None:
+        """The table and the lines below it. Where the output is no terminal, lines are as long as they need to be."""
+        if not console.is_terminal:
+            console.width = max(console.width, WIDTH)
+        console.print(self.table(narrow=console.width < WIDTH))
+        for line in self.lines():
+            console.print(line, highlight=False, soft_wrap=True)
 
     def markdown(self) -> str:
         """The same table and lines for a README."""
         lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
         for task in self.tasks:
-            lines.append(f"| **{task.title}** |" + " |" * (len(COLUMNS) - 1))
+            lines.append(f"| **{task.name}** |" + " |" * (len(COLUMNS) - 1))
             lines += ["| " + " | ".join(row.cells()) + " |" for row in task.rows]
         return "\n".join([*lines, "", *(f"- {line}" for line in self.lines())]) + "\n"
 
@@ -123,14 +138,11 @@ class DemoResult:
             f"swap {steps.swap:.1f} ms, detach {steps.detach:.1f} ms.",
             f"Inference with an expert on against the bare base, {speed.batch} x {speed.length} tokens: {speed.ratio.value:.3f} times "
             f"({speed.ratio.low:.3f} to {speed.ratio.high:.3f}) of {speed.base:.1f} ms.",
-            *(
-                f"{task.name}: {task.train_rows:,} training, {task.validation_rows:,} validation and {task.test_rows:,} test texts."
-                for task in self.tasks
-            ),
+            *(task.line for task in self.tasks),
             "Scales were chosen on the validation texts only. Intervals are 95 %: Wilson's for an accuracy, bootstrap over the same test texts for a "
             "difference, Student's on paired runs for a latency.",
             "Words alone: tf-idf and logistic regression on the tokens that the model sees. Base alone: the untouched base with the trained head.",
-            "Bytes include the header and the head. Uncompressed: 16 bits a parameter and the head. Prune only: our coded positions and values of 16 bits. "
+            "Bytes include the header and the head. Uncompressed: 16 bits an entry, head too. Prune only: our coded positions, values of 16 bits. "
             "STC: as ComPEFT, whose payload is the same. To 16 bit: the uncompressed bytes over these.",
             f"Machine: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}; "
             f"{sum(self.seconds.values()) / 60:.1f} minutes, of which {self.seconds.get('training', 0.0) / 60:.1f} for training.",

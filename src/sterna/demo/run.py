@@ -43,7 +43,7 @@ def run_demo(options: DemoOptions | None = None, progress: Progress = silent) ->
     cache = options.cache or cache_folder()
     tasks = tasks_of(options, cache)
     base = asset_path("encoder", cache) if options.model is None else model_folder(options.model)
-    folder = options.output or cache / "demo" / "experts"
+    folder = options.output or cache / "demo" / ("experts-quick" if options.quick else "experts")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,7 +130,7 @@ def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], op
 def _task_result(task: Task, recipe: Recipe, study: Study, found: Findings) -> TaskResult:
     return TaskResult(
         name=task.name,
-        training="full fine-tuning" if recipe.kind == "full" else f"LoRA of rank {recipe.rank}",
+        training="full fine-tuning" if recipe.kind == "full" else f"LoRA, rank {recipe.rank},",
         classes=len(task.classes),
         train_rows=len(task.train),
         validation_rows=len(task.validation),

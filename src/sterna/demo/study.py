@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 import sterna
-from sterna.demo.controls import prune_only, stc
+from sterna.demo.controls import mean_in_std, prune_only, stc
 from sterna.demo.evaluation import Score, Tokens, bag_of_words, climb, counter, evaluate
 from sterna.demo.intervals import paired_difference
 from sterna.demo.options import FACTORS, DemoOptions
@@ -44,22 +45,22 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores dense vectors on the trained model itself, and experts on the live base that they are attached to."""
+    """Scores dense vectors on the trained model itself, and experts on the live base that they are attached to.
+
+    `count` hears of every batch's texts.
+    """
 
     study: Study
     live: torch.nn.Module
-    progress: Progress
+    count: Callable[[int], None]
 
-    def dense(self, tau: torch.Tensor, tokens: Tokens, what: str) -> Score:
+    def dense(self, tau: torch.Tensor, tokens: Tokens) -> Score:
         self.study.subject.put(tau)
-        return self._evaluate(self.study.subject.model, tokens, what)
+        return evaluate(self.study.subject.model, tokens, self.count)
 
-    def attached(self, expert: sterna.Expert, tokens: Tokens, what: str) -> Score:
+    def attached(self, expert: sterna.Expert, tokens: Tokens) -> Score:
         with sterna.attached(self.live, expert):
-            return self._evaluate(self.live, tokens, what)
-
-    def _evaluate(self, model: torch.nn.Module, tokens: Tokens, what: str) -> Score:
-        return evaluate(model, tokens, counter(self.progress, f"{self.study.name}: {what}", len(tokens), "texts"))
+            return evaluate(self.live, tokens, self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +76,15 @@ class Made:
 
 def findings(study: Study, live: torch.nn.Module, options: DemoOptions, folder: Path, progress: Progress) -> Findings:
     """All rows for one task. Alphas and factors are chosen on the validation texts; each chosen method then sees the test texts once."""
-    scorer = Scorer(study, live, progress)
-    made: list[Made] = []
-    for density in options.densities:
-        made.append(_made(scorer, density, options.alphas, made[-1].alpha if made else 3.0, folder))
+    choices, methods = 4 * len(options.densities) + 4, len(options.densities) + 6  # a walk takes about four steps
+    count = counter(progress, f"evaluating on {study.name}", choices * len(study.validation) + methods * len(study.test), "texts")
+    scorer = Scorer(study, live, count)
+    made = [_made(scorer, density, options.alphas, folder) for density in options.densities]
     chosen = next(one for one in made if one.density == options.control_density)
-    full = scorer.dense(study.subject.tau, study.test, "uncompressed")
+    full = scorer.dense(study.subject.tau, study.test)
     rows = _controls(scorer, full, chosen)
     if chosen.alpha != 1:
-        plain = scorer.attached(_expert(study, chosen.density, 1.0), study.test, "alpha 1")
+        plain = scorer.attached(_expert(study, chosen.density, 1.0), study.test)
         rows.append(_row("ComPEFT, alpha not tuned", plain, full, density=chosen.density, alpha=1.0, **_sizes(chosen.size)))
     rows += [_row("ComPEFT", one.score, full, density=one.density, alpha=one.alpha, **_sizes(one.size)) for one in made]
     return Findings(tuple(rows), tuple(one.file for one in made), chosen.file)
@@ -93,32 +94,31 @@ def _expert(study: Study, density: float, alpha: float) -> sterna.Expert:
     return sterna.compress(study.base, study.trained, density=density, alpha=alpha)
 
 
-def _made(scorer: Scorer, density: float, alphas: tuple[float, ...], start: float, folder: Path) -> Made:
-    study, what = scorer.study, f"alpha at density {density:g}"
-    alpha = climb(alphas, start, lambda value: scorer.attached(_expert(study, density, value), study.validation, what))
+def _made(scorer: Scorer, density: float, alphas: tuple[float, ...], folder: Path) -> Made:
+    study = scorer.study
+    start = 1.5 * mean_in_std(study.subject.tau, density)  # the least-squares scale is too small for what the dropped entries did
+    alpha = climb(alphas, start, lambda value: scorer.attached(_expert(study, density, value), study.validation))
     expert = _expert(study, density, alpha)
     file = saved(expert, folder, f"{study.name} d{density:g} a{alpha:g}")
-    return Made(density, alpha, file, measured(expert), scorer.attached(sterna.load(file), study.test, f"density {density:g}"))
+    return Made(density, alpha, file, measured(expert), scorer.attached(sterna.load(file), study.test))
 
 
 def _controls(scorer: Scorer, full: Score, chosen: Made) -> list[Row]:
     """What ComPEFT is to be held against, at the chosen expert's density."""
     study, tau, density, size = scorer.study, scorer.study.subject.tau, chosen.density, chosen.size
-    factor = climb(FACTORS, 1.0, lambda value: scorer.dense(value * tau, study.validation, "scale of the uncompressed"))
-    tuned = full if factor == 1 else scorer.dense(factor * tau, study.test, "uncompressed, tuned scale")
-    alone = scorer.dense(torch.zeros_like(tau), study.test, "base alone")
-    pruned = scorer.dense(prune_only(tau, density), study.test, "prune only")
-    ternary = stc(tau, density)
-    mean = float(ternary.abs().max() / tau.double().std())
-    sparse = scorer.dense(ternary, study.test, "STC")
+    factor = climb(FACTORS, 1.0, lambda value: scorer.dense(value * tau, study.validation))
+    tuned = full if factor == 1 else scorer.dense(factor * tau, study.test)
+    alone = scorer.dense(torch.zeros_like(tau), study.test)
+    pruned = scorer.dense(prune_only(tau, density), study.test)
+    sparse = scorer.dense(stc(tau, density), study.test)
     study.subject.put(tau)
     return [
         Row("words alone", bag_of_words(study.tokenizer, study.train, study.test)),
         _row("base alone", alone, full, bytes=size.exact),
-        _row("uncompressed", full, full, factor=1.0, **_dense_sizes(size, size.uncompressed)),
-        _row("uncompressed, tuned scale", tuned, full, factor=factor, **_dense_sizes(size, size.uncompressed)),
-        _row("prune only", pruned, full, density=density, factor=1.0, **_dense_sizes(size, size.pruned)),
-        _row("STC, mean magnitude", sparse, full, density=density, alpha=mean, **_sizes(size)),
+        _row("uncompressed", full, full, factor=1.0, **_dense_sizes(size, size.uncompressed, 16)),
+        _row("uncompressed, tuned scale", tuned, full, factor=factor, **_dense_sizes(size, size.uncompressed, 16)),
+        _row("prune only", pruned, full, density=density, factor=1.0, **_dense_sizes(size, size.pruned, size.pruned_bits)),
+        _row("STC, mean magnitude", sparse, full, density=density, alpha=mean_in_std(tau, density), **_sizes(size)),
     ]
 
 
@@ -130,5 +130,5 @@ def _sizes(size: Size) -> dict[str, Any]:
     return {"bytes": size.bytes, "ratio": size.uncompressed / size.bytes, "bits": size.bits, "entropy": size.entropy}
 
 
-def _dense_sizes(size: Size, total: int) -> dict[str, Any]:
-    return {"bytes": total, "ratio": size.uncompressed / total, "bits": 8 * (total - size.exact) / size.parameters}
+def _dense_sizes(size: Size, total: int, bits: float) -> dict[str, Any]:
+    return {"bytes": total, "ratio": size.uncompressed / total, "bits": bits}

@@ -82,7 +82,7 @@ class Factors:
 
     `A` is [r, in] and `B` is [out, r] as PEFT stores them (convolutions: the trailing axes are flattened by the product);
     `transposed` says that the product is transposed before it is added (embeddings, and Conv1D weights stored [in, out]).
-    `key` is the module path inside the adapter file, without its `base_model.model.` prefix.
+    `embedding` says that PEFT stores them as an embedding's. `key` is the module path inside the adapter file, without `base_model.model.`.
     """
 
     name: str
@@ -91,6 +91,7 @@ class Factors:
     B: Ternary
     scaling: float
     transposed: bool = False
+    embedding: bool = False
 
     @property
     def ternaries(self) -> tuple[Ternary, ...]:
@@ -101,8 +102,8 @@ class Factors:
 class Multiply:
     """base * (1 + scale * level) along one axis, for (IA)3.
 
-    `axis` is the axis of the base tensor that the vector runs along. Outside feed-forward layers the module's bias is scaled with its weight:
-    `bias` is then its name. `key` is the module path inside the adapter file.
+    `vector` has the shape in which PEFT stores it; `axis` is the axis of the base tensor that the vector runs along. Outside feed-forward layers
+    the module's bias is scaled with its weight: `bias` is then its name. `key` is the module path inside the adapter file.
     """
 
     name: str

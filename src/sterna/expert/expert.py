@@ -67,7 +67,7 @@ class Expert:
             _add_text(sha, change.name)
             match change:
                 case Factors():
-                    sha.update(struct.pack("<d?", change.scaling, change.transposed))
+                    sha.update(struct.pack("<d??", change.scaling, change.transposed, change.embedding))
                 case Multiply():
                     sha.update(struct.pack("<B", change.axis))
                     _add_text(sha, change.bias or "")
@@ -97,8 +97,8 @@ class Expert:
     def task_vector(self, base: Source | None = None, *, max_bytes: int | None = None) -> dict[str, torch.Tensor]:
         """The dense float32 task vector by base name: what attaching adds to each tensor, before rounding to the live dtype.
 
-        `Set` and `Multiply` changes are differences to the base, so they need `base` (a path, state dict or module); without it an expert that has them
-        raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase).
+        `Set` and `Multiply` changes are differences to the base, so they need `base` (a path, state dict or module); without it an expert that has
+        them raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase).
         `max_bytes` limits what is allocated: by default the base's size in float32, or DENSE_LIMIT without a base.
         """
         tensors = self._base_tensors(base) if base is not None else None
@@ -110,7 +110,7 @@ class Expert:
         for change in self.changes:
             match change:
                 case Add():
-                    dense[change.name] = torch.from_numpy(change.levels.levels().astype(np.float32)) * np.float32(change.levels.scale)
+                    dense[change.name] = torch.from_numpy(change.levels.levels().astype(np.float32)) * change.levels.scale
                 case Factors():
                     dense[change.name] = factor_product(change)
                 case Multiply():
@@ -132,8 +132,7 @@ class Expert:
         from sterna.sources.names import align
 
         opened = open_checkpoint(base)
-        wanted = {name: shape for name, shape in zip(self.fingerprint.names, self._shapes(), strict=True)}
-        alignment = align({n: s or opened.tensors[n].shape if n in opened.tensors else s or () for n, s in wanted.items()}, opened.shapes)
+        alignment = align(dict(zip(self.fingerprint.names, self._shapes(), strict=True)), opened.shapes)
         return {name: opened.read(own) for name, own in alignment.to_other.items()}
 
     def _shapes(self) -> list[tuple[int, ...] | None]:
@@ -145,16 +144,30 @@ def factor_product(change: Factors, device: torch.device | str = "cpu") -> torch
     """scaling * (B @ A), float32, transposed where the change says so. The levels multiply as integers, so the product is the same everywhere."""
     A = torch.from_numpy(change.A.levels()).flatten(1).to(device, torch.float32)
     B = torch.from_numpy(change.B.levels()).flatten(1).to(device, torch.float32)
-    product = (B @ A) * np.float32(change.A.scale * change.B.scale * change.scaling)
+    product = (B @ A) * (change.A.scale * change.B.scale * change.scaling)
     return product.T.contiguous() if change.transposed else product
 
 
 def multiplier(change: Multiply, dimensions: int) -> torch.Tensor:
     """1 + scale * level, float32, shaped to multiply a tensor of `dimensions` axes along the change's axis (a bias: along its only one)."""
-    vector = 1 + torch.from_numpy(change.vector.levels().astype(np.float32)).flatten() * np.float32(change.vector.scale)
+    vector = 1 + torch.from_numpy(change.vector.levels().astype(np.float32)).flatten() * change.vector.scale
     shape = [1] * dimensions
     shape[change.axis if dimensions > 1 else 0] = -1
     return vector.reshape(shape)
+
+
+def new_value(change: Factors | Multiply | Set, old: torch.Tensor) -> torch.Tensor:
+    """What the change makes of a base tensor, before it is rounded to the base tensor's dtype: float32, but an exact tensor in its own dtype."""
+    old = old.detach()
+    match change:
+        case Factors():
+            return old.float() + factor_product(change, old.device).reshape(old.shape)
+        case Multiply():
+            return old.float() * multiplier(change, old.dim()).to(old.device)
+        case Set(role="rows"):
+            return torch.cat([old, change.value.to(old.device, old.dtype)])
+        case Set():
+            return change.value.clone()
 
 
 def exact_bytes(tensor: torch.Tensor) -> memoryview:

@@ -17,6 +17,8 @@ LIMIT = 1 << 20
 """Bytes of the JSON at most."""
 _DEPTH = 8
 _TEXT = 4096
+_NAME = 1024
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 Method = Literal["compeft"]
 SourceKind = Literal["full", "lora", "ia3"]
@@ -25,8 +27,8 @@ Scope = Literal["global", "tensor"]
 _REFUSED_CONFIG = frozenset({"auto_map", "custom_pipelines", "quantization_config", "trust_remote_code", "architectures", "model_type"})
 """Config fields that no expert may hold: where code comes from, and what decides how weights are read."""
 _LEFT_OUT_CONFIG = frozenset(
-    {"dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing"}
-    | {"num_labels"}
+    {"dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+    | {"gradient_checkpointing", "num_labels"}
 )
 """Config fields that are not worth carrying: how a run was set up, and what follows from other fields."""
 _ARCHITECTURE = re.compile(r"[A-Za-z_]\w{0,127}")
@@ -46,8 +48,8 @@ class BaseFacts:
 class Facts:
     """Global facts of an expert.
 
-    `density` and `alpha` as asked for; `scale` is lambda, 0 where each tensor has its own (`scope="tensor"`). `prefixes` are the class prefixes of the
-    base's and the tuned model's names; `config` the configuration fields that the tuned model changed; `tokens` the tokenizer's added tokens;
+    `density` and `alpha` as asked for; `scale` is lambda, 0 where each tensor has its own (`scope="tensor"`). `prefixes` are the class prefixes of
+    the base's and the tuned model's names; `config` the configuration fields that the tuned model changed; `tokens` the tokenizer's added tokens;
     `adapter` the adapter_config.json of an expert made from PEFT; `metadata` is the user's.
     """
 
@@ -89,22 +91,33 @@ def check(facts: Facts) -> None:
     _require(facts.scope in ("global", "tensor"), "scope", facts.scope, "global or tensor")
     _require(0 < facts.density <= 1, "density", facts.density, "a number above 0, up to 1")
     _require(0 < facts.alpha < 1e6, "alpha", facts.alpha, "a finite number above 0, below a million")
-    _require(math.isfinite(facts.scale) and facts.scale >= 0, "scale", facts.scale, "a finite number, 0 or more")
+    _require(0 <= facts.scale <= _LARGEST_FLOAT32, "scale", facts.scale, "a float32 number, 0 or more")
     _require(0 <= facts.parameters < 1 << 53, "parameters", facts.parameters, "a count below 2^53")
     _require(0 <= facts.base.parameters < 1 << 53, "base.parameters", facts.base.parameters, "a count below 2^53")
     _require(re.fullmatch(r"[0-9a-f]{64}", facts.base.fingerprint) is not None, "base.fingerprint", facts.base.fingerprint, "64 hexadecimal digits")
-    for key, text in (("base.name", facts.base.name), ("base.revision", facts.base.revision or ""), ("writer", facts.writer), *zip(("prefixes",) * 2, facts.prefixes, strict=True)):
+    texts = {"base.name": facts.base.name, "base.revision": facts.base.revision or "", "writer": facts.writer, "prefixes": "".join(facts.prefixes)}
+    for key, text in texts.items():
         _require(len(text) <= _TEXT and text.isprintable(), key, text[:80], f"printable text of at most {_TEXT} characters")
-    _require(facts.architecture is None or _ARCHITECTURE.fullmatch(facts.architecture) is not None, "architecture", facts.architecture, "a class name")
+    _require(_ARCHITECTURE.fullmatch(facts.architecture or "None") is not None, "architecture", facts.architecture, "a class name")
+    _require(_no_path(facts.base.name), "base.name", facts.base.name, "a hub id or a folder's last name, not a path")
+    for key, names in (("dropped", facts.dropped), ("excluded", facts.excluded)):
+        for name in names:
+            _require(len(name) <= _NAME and name.isprintable(), key, name, f"printable names of at most {_NAME} characters")
     for name in facts.config:
         _require(_allowed(name), "config", name, "fields that describe the model, not where its code or weights come from")
-    for key in ("config", "adapter", "metadata"):
+    for key in ("config", "tokens", "adapter", "metadata"):
         _require(_plain_json(getattr(facts, key), _DEPTH), key, "its value", f"plain JSON at most {_DEPTH} deep, with finite numbers")
 
 
 def _require(holds: bool, key: str, value: object, expected: str) -> None:
     if not holds:
-        raise InvalidArgument(f"{key} is {value!r}; expected {expected}")
+        raise InvalidArgument(f"{key} is {repr(value)[:80]}; expected {expected}")
+
+
+def _no_path(name: str) -> bool:
+    """Whether a base's name is at most "organisation/name", so that it says nothing of its maker's disk and leads nowhere on its reader's."""
+    parts = name.split("/")
+    return len(parts) <= 2 and "\\" not in name and not {".", ".."} & set(parts) and (len(parts) == 1 or all(parts))
 
 
 def _plain_json(value: object, depth: int) -> bool:
@@ -136,16 +149,18 @@ def to_json(facts: Facts) -> str:
 
 def from_json(text: str) -> Facts:
     """The facts of a file; InvalidFile for anything but what `to_json` writes, unknown fields included."""
+    if len(text.encode()) > LIMIT:
+        raise InvalidFile(f"the expert's metadata has {len(text.encode())} bytes; at most {LIMIT} are allowed")
     value = parse_json(text, "the expert's metadata")
     version = value.pop("format", None)
     if type(version) is not int or version < 1:
-        raise InvalidFile(f"the metadata's format is {version!r}; expected a version number")
+        raise InvalidFile(f"the metadata's format is {repr(version)[:80]}; expected a version number")
     if version > FORMAT:
-        raise InvalidFile(f"the file has format {version}, this Sterna reads up to {FORMAT}: use a newer Sterna")
+        raise InvalidFile(f"the file has format {str(version)[:80]}, this Sterna reads up to {FORMAT}: use a newer Sterna")
     base = value.pop("base", None)
     try:
-        _expect_types(base, BaseFacts, {"name": str, "fingerprint": str, "parameters": int, "revision": str})
-        _expect_types(value, Facts, _TYPES)
+        _expect_fields("base", base, {"name": str, "fingerprint": str, "parameters": int, "revision": str}, ("name", "fingerprint", "parameters"))
+        _expect_fields("object", value, _TYPES, ("method", "source", "density", "alpha", "scope", "writer"))
         for key in ("prefixes", "dropped", "excluded"):
             if key in value:
                 value[key] = tuple(_expect(key, item, str) for item in value[key])
@@ -155,9 +170,8 @@ def from_json(text: str) -> Facts:
             raise InvalidFile("the metadata's prefixes are not two")
         value.setdefault("scale", 0.0)
         value.setdefault("parameters", 0)
-        return Facts(base=BaseFacts(**base), **{k: float(v) if k in ("density", "alpha", "scale") else v for k, v in value.items()})
-    except TypeError as error:
-        raise InvalidFile(f"the expert's metadata lacks a field: {error}") from error
+        value.update({key: float(value[key]) for key in ("density", "alpha", "scale") if key in value})
+        return Facts(base=BaseFacts(**base), **value)
     except (InvalidArgument, OverflowError) as error:
         raise InvalidFile(f"the expert's metadata: {error}") from error
 
@@ -169,8 +183,11 @@ _TYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _expect_types(value: Any, of: type, types: dict[str, Any]) -> None:
-    _expect(of.__name__, value, dict)
+def _expect_fields(what: str, value: Any, types: dict[str, Any], required: tuple[str, ...]) -> None:
+    _expect(what, value, dict)
+    for key in required:
+        if key not in value:
+            raise InvalidFile(f"the metadata's {what} lacks the field {key!r}")
     for key, item in value.items():
         if key not in types:
             raise InvalidFile(f"the metadata has an unknown field {key[:80]!r}; a newer Sterna may read it")
@@ -184,7 +201,7 @@ def _expect(key: str, value: Any, types: Any) -> Any:
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """A JSON object without repeated keys, NaN or infinities; InvalidFile otherwise."""
+    """A JSON object, in UTF-8, without repeated keys, NaN, infinities or half surrogate pairs; InvalidFile otherwise."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
@@ -196,7 +213,10 @@ def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
         raise InvalidFile(f"{what} holds {constant}, which is not JSON")
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        decoded = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=unique, parse_constant=refuse)
+        if "\\u" in decoded:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be encoded
     except (ValueError, RecursionError) as error:
         if isinstance(error, InvalidFile):
             raise

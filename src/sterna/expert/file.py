@@ -24,7 +24,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def save(expert: Expert, path: str | os.PathLike[str]) -> None:
@@ -40,7 +40,7 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
     exact.sort(key=lambda change: (-change.value.element_size(), change.name))
     table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
     streams = [ternary.stream for ternary in expert.ternaries]
-    parts: list[Part] = [(c.name, _CODES[c.value.dtype], tuple(c.value.shape), lambda c=c: iter([exact_bytes(c.value)])) for c in exact]  # type: ignore[misc]
+    parts: list[Part] = [(c.name, CODES[c.value.dtype], tuple(c.value.shape), lambda c=c: iter([exact_bytes(c.value)])) for c in exact]  # type: ignore[misc]
     parts.append((TABLE, "U8", (len(table),), lambda: iter([table])))
     parts.append((STREAMS, "U8", (sum(s.size for s in streams),), lambda: (memoryview(s) for s in streams)))
     return pieces(to_json(expert.facts), parts)
@@ -81,7 +81,8 @@ def from_container(container: Container) -> Expert:
         raise InvalidFile(f"the file lacks the U8 tensors {TABLE!r} and {STREAMS!r}")
     scale = facts.scale if facts.scope == "global" else None
     digest = bytes.fromhex(facts.base.fingerprint)
-    fingerprint, changes = read_table(container.data[table.start : table.stop].tobytes(), digest, container.data, streams.start, streams.stop, scale, exact)
+    table_bytes = container.data[table.start : table.stop].tobytes()
+    fingerprint, changes = read_table(table_bytes, digest, container.data, streams.start, streams.stop, scale, exact)
     if unread:
         raise InvalidFile(f"the file has tensors that its table does not tell of: {', '.join(sorted(unread)[:4])}")
     return Expert(facts, fingerprint, changes, container.digest.hex(), container.data.size - PADDING)

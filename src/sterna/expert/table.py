@@ -86,7 +86,7 @@ def _put_row(out: bytearray, change: Change, numbers: Mapping[str, int], shapes:
         _put_text(out, change.name)
     match change:
         case Factors():
-            _put(out, int(change.transposed))
+            _put(out, change.transposed | change.embedding << 1)
             _put_text(out, change.key)
             out += struct.pack("<d", change.scaling)
         case Multiply():
@@ -228,10 +228,10 @@ def _row(reader: _Reader, names: tuple[str, ...], streams: _Streams, exact: Call
     if kind == _ADD:
         return Add(name, streams.ternary(reader))
     if kind == _FACTORS:
-        transposed = bool(reader.number(1, "flag"))
+        flags = reader.number(3, "flags")
         key = reader.text("key")
         scaling = reader.floating("<d", "scaling")
-        change = Factors(name, key, streams.ternary(reader), streams.ternary(reader), scaling, transposed)
+        change = Factors(name, key, streams.ternary(reader), streams.ternary(reader), scaling, bool(flags & 1), bool(flags & 2))
         if len(change.A.shape) < 2 or len(change.B.shape) < 2 or change.A.shape[0] != change.B.shape[1]:
             raise InvalidFile(f"the factors of {name} have shapes {change.A.shape} and {change.B.shape}; expected [r, in] and [out, r]")
         return change

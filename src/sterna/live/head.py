@@ -58,7 +58,7 @@ class Replace:
 
 
 def _hang(module: torch.nn.Module, attribute: str, tensor: torch.Tensor) -> None:
-    held = module._parameters if attribute in module._parameters else module._buffers
+    held: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
     held[attribute] = tensor
 
 

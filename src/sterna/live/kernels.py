@@ -47,12 +47,12 @@ def _as_bits(typing_context: Any, value: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def bf16_to_float(word):  # type: ignore[no-untyped-def]
+def bf16_to_float(word):
     return _as_float(np.uint32(word) << np.uint32(16))
 
 
 @njit(nogil=True, cache=True)
-def float_to_bf16(value):  # type: ignore[no-untyped-def]
+def float_to_bf16(value):
     bits = _as_bits(value)
     if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
         return np.uint16(bits >> np.uint32(16) | np.uint32(0x40))  # a NaN stays one
@@ -60,7 +60,7 @@ def float_to_bf16(value):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def fp16_to_float(word):  # type: ignore[no-untyped-def]
+def fp16_to_float(word):
     sign = np.uint32(word & np.uint16(0x8000)) << np.uint32(16)
     rest = np.uint32(word & np.uint16(0x7FFF))
     if rest >= np.uint32(0x7C00):  # infinities and NaNs
@@ -70,7 +70,7 @@ def fp16_to_float(word):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def float_to_fp16(value):  # type: ignore[no-untyped-def]
+def float_to_fp16(value):
     bits = _as_bits(value)
     sign = np.uint16(bits >> np.uint32(16) & np.uint32(0x8000))
     rest = bits & np.uint32(0x7FFFFFFF)
@@ -84,7 +84,7 @@ def float_to_fp16(value):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def add(codes, first, last, addresses, sizes, counts, saved_from, scales, undo, like, kind, done, swallowed, batch):  # type: ignore[no-untyped-def]
+def add(codes, first, last, addresses, sizes, counts, saved_from, scales, undo, like, kind, done, swallowed, batch):
     """Add scale * level to the live words of blocks first..last-1, whose codes lie one after another in `codes`, and save the old words in `undo`.
 
     addresses[k] is where block k begins in memory, of words of like.dtype; done[batch] is set once all is saved and written.
@@ -116,7 +116,7 @@ def add(codes, first, last, addresses, sizes, counts, saved_from, scales, undo, 
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def restore(codes, first, last, addresses, sizes, counts, saved_from, undo, done, batch):  # type: ignore[no-untyped-def]
+def restore(codes, first, last, addresses, sizes, counts, saved_from, undo, done, batch):
     """Put the saved words of blocks first..last-1 back."""
     at = _U(0)
     for k in range(first, last):

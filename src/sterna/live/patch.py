@@ -6,15 +6,15 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongBase, WrongModel
+from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongModel
 from sterna.expert.changes import Add, Factors, Multiply, Set
-from sterna.expert.expert import Expert, factor_product, multiplier
-from sterna.fingerprint import LiveDigests, compare
+from sterna.expert.expert import Expert, new_value
+from sterna.fingerprint import LiveDigests, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
 from sterna.live.update import NATIVE, Overwrite, Step, sparse_adds
@@ -115,7 +115,10 @@ class Patch:
             self._on = new
 
     def detach(self, *, force: bool = False) -> None:
-        """Restore the base to the bit. Raises PatchError where somebody else changed the weights meanwhile; `force` restores what was saved all the same."""
+        """Restore the base to the bit.
+
+        Raises PatchError where somebody else changed the weights meanwhile; `force` restores what was saved all the same.
+        """
         with self._lock.writing():
             old = self._now()
             if not force:
@@ -176,7 +179,8 @@ def _revert(plan: _Plan) -> None:
         for step in reversed(plan.steps):
             step.revert()
     for tensor in plan.touched:
-        _patched.pop(tensor, None)
+        if tensor in _patched:
+            del _patched[tensor]
     _settle(plan)
 
 
@@ -190,9 +194,10 @@ def _settle(plan: _Plan) -> None:
 def _refuse_changed(plan: _Plan) -> None:
     for tensor, (version, dtype, device) in zip(plan.touched, plan.state, strict=True):
         if (tensor.dtype, tensor.device) != (dtype, device):
-            raise PatchError(f"the model was moved or cast from {dtype} on {device} to {tensor.dtype} on {tensor.device} while an expert was on it: move it back")
+            now = f"{tensor.dtype} on {tensor.device}"
+            raise PatchError(f"the model went from {dtype} on {device} to {now} while an expert was on it: move it back, then detach")
         if tensor._version != version:
-            raise PatchError("weights were changed while an expert was on the model (training, load_state_dict?); detach(force=True) restores what was saved")
+            raise PatchError("weights were changed under the expert (training, load_state_dict?); detach(force=True) restores what was saved")
 
 
 def _loaded(expert: Expert | str | os.PathLike[str]) -> Expert:
@@ -279,45 +284,18 @@ def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict
         if tensor.is_meta:
             raise Unsupported(f"{name} is on the meta device (offloaded or not loaded); load the whole model first")
     digests = _digests.of(tensors)
-    result = compare(expert.fingerprint, {name: (digest, t.dtype) for name, digest, t in zip(names, digests, tensors, strict=True)})
-    if result.different:
-        raise WrongBase(
-            f"the model is not the expert's base {expert.facts.base.name!r}: {len(result.different)} of {len(names)} tensors differ, "
-            f"the first {some(result.different)}"
-        )
-    if result.narrower and not allow_narrower:
-        dtype = str(live.of_base[result.narrower[0]].tensor.dtype).removeprefix("torch.")
-        raise WrongBase(
-            f"the model is the expert's base loaded in {dtype}, narrower than it was made on ({len(result.narrower)} tensors, {some(result.narrower, 2)}): "
-            "its weights are rounded already, and updates below half a spacing vanish. allow_narrower=True (--allow-narrower) accepts that; "
-            "patch.swallowed then tells the share that vanished"
-        )
+    found = {name: (digest, tensor.dtype) for name, digest, tensor in zip(names, digests, tensors, strict=True)}
+    require_base(expert.fingerprint, expert.facts.base.name, found, allow_narrower)
     return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 
-def _steps_of(change: Factors | Multiply | Set | Any, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
+def _steps_of(change: Factors | Multiply | Set, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
     slot = slots[change.name]
-    match change:
-        case Factors():
-            def merged(old: torch.Tensor, change: Factors = change) -> torch.Tensor:
-                return old.float() + factor_product(change, old.device).reshape(old.shape)
-
-            return [Overwrite(slot.tensor, merged, counts=True)]
-        case Multiply():
-            def scaled(old: torch.Tensor, change: Multiply = change) -> torch.Tensor:
-                return old.float() * multiplier(change, old.dim()).to(old.device)
-
-            names = (change.name, change.bias) if change.bias else (change.name,)
-            return [Overwrite(slots[name].tensor, scaled, counts=True) for name in names]
-        case Set():
-            sharing = [s for s in live.all.values() if s.tensor is slot.tensor]
-            if change.role == "rows":
-                return [Replace(sharing, lambda: torch.cat([slot.tensor.detach(), change.value.to(slot.tensor.device, slot.tensor.dtype)]))]
-            if change.role == "untied" and len(sharing) > 1:
-                return [Replace([slot], lambda: change.value.clone())]
-            if slot.tensor.shape != change.value.shape:
-                return [Replace(sharing, lambda: change.value.clone())]
-            return [Overwrite(slot.tensor, lambda old: change.value, counts=False)]
-    raise Unsupported(f"no update for a change of kind {type(change).__name__}")
-
-
+    if isinstance(change, Set):
+        sharing = [other for other in live.all.values() if other.tensor is slot.tensor]
+        alone = change.role == "untied" and len(sharing) > 1
+        if alone or change.role == "rows" or slot.tensor.shape != change.value.shape:
+            return [Replace([slot] if alone else sharing, partial(new_value, change, slot.tensor))]
+        return [Overwrite(slot.tensor, partial(new_value, change), counts=False)]
+    names = (change.name, change.bias) if isinstance(change, Multiply) and change.bias else (change.name,)
+    return [Overwrite(slots[name].tensor, partial(new_value, change), counts=True) for name in names]

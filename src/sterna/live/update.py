@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -12,7 +11,7 @@ import torch
 
 from sterna.codings import Blocks
 from sterna.expert.changes import Ternary
-from sterna.live.kernels import BF16, FP16, FLOAT, add, restore
+from sterna.live.kernels import BF16, FLOAT, FP16, add, restore
 
 NATIVE = {torch.float32: (np.float32, FLOAT), torch.float64: (np.float64, FLOAT), torch.bfloat16: (np.uint16, BF16), torch.float16: (np.uint16, FP16)}
 """numpy's view of each live dtype, and how the kernels compute with it."""
@@ -56,7 +55,8 @@ class SparseAdd:
         self._batches = _batches(self._saved_from, total)
         self._done = np.zeros(max(len(self._batches) - 1, 1), np.uint8)
         self._swallowed = np.zeros_like(self._done, np.int64)
-        self._room = int(max((ends[last - 1] - self._saved_from[first] for first, last in zip(self._batches, self._batches[1:], strict=False)), default=0))
+        spans = zip(self._batches, self._batches[1:], strict=False)
+        self._room = int(max((ends[last - 1] - self._saved_from[first] for first, last in spans), default=0))
         self.undo_bytes = self._undo.nbytes
         self.updates = total
         self.swallowed = 0
@@ -162,16 +162,18 @@ class Overwrite:
         self._new = new
         self._counts = counts
         self._saved: torch.Tensor | None = None
-        self.updates = tensor.numel() if counts else 0
+        self.updates = 0
         self.undo_bytes = tensor.numel() * tensor.element_size()
         self.swallowed = 0
 
     def apply(self) -> None:
-        new = self._new(self._tensor).to(self._tensor.device, self._tensor.dtype)
+        new = self._new(self._tensor).to(self._tensor.device)
         self._saved = self._tensor.clone()
         self._tensor.copy_(new)
         if self._counts:
-            self.swallowed = int((self._tensor == self._saved).sum())
+            moved = new != self._saved
+            self.updates = int(moved.sum())
+            self.swallowed = int((moved & (self._tensor == self._saved)).sum())
 
     def revert(self) -> None:
         if self._saved is not None:
@@ -184,7 +186,7 @@ def sparse_adds(targets: Sequence[tuple[torch.Tensor, Ternary]]) -> list[Step]:
     steps: list[Step] = []
     groups: dict[tuple[object, ...], list[tuple[torch.Tensor, Ternary]]] = {}
     for tensor, ternary in targets:
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and math.prod(ternary.shape):
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and ternary.size:
             groups.setdefault((tensor.dtype, ternary.coding.name, id(ternary.data)), []).append((tensor, ternary))
         else:
             steps.append(ScatteredAdd(tensor, ternary))

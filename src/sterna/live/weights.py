@@ -103,7 +103,7 @@ def refuse_unpatchable(model: torch.nn.Module, touched: Iterable[Slot]) -> None:
         tensor = slot.tensor
         refuse_tensor(slot.name, tensor)
         if tensor.is_inference():
-            raise Unsupported(f"{slot.name} was created under torch.inference_mode and cannot be changed outside it; load the model without that mode")
+            raise Unsupported(f"{slot.name} was created under torch.inference_mode and cannot be changed outside it; load without that mode")
         hook = getattr(slot.owner, "_hf_hook", None)
         if hook is not None and getattr(hook, "offload", False):
-            raise Unsupported(f"{slot.name} is offloaded by accelerate (its values are elsewhere between forwards); load the model without offloading")
+            raise Unsupported(f"{slot.name} is offloaded by accelerate (its values are elsewhere); load the model without offloading")

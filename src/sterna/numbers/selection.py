@@ -89,4 +89,4 @@ def emit(values: NDArray[np.float32], first: int, bits: int, ties: int, codes: N
             ties -= 1
             take = True
         kept += np.uint64(take)
-    return np.int64(kept), ties
+    return int(kept), ties

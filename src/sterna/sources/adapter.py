@@ -115,8 +115,8 @@ def read_adapter(folder: Path) -> Adapter:
         if group.setdefault(full, tensor) is not tensor:
             raise InvalidFile(f"{WEIGHTS} holds two tensors for {full}")
     for name in beside:
-        owner = name.rpartition(".")[0]
-        if owner not in parts and (f"{owner}.weight" not in beside or beside[f"{owner}.weight"].ndim != 2):
+        weight = beside.get(f"{name.rpartition('.')[0]}.weight")
+        if weight is None or weight.ndim != 2:
             raise Unsupported(f"{WEIGHTS} holds {PREFIX}{name}, which is part of no {kind} module, of no entry of modules_to_save, and no embedding")
     if not parts:
         raise InvalidFile(f"{WEIGHTS} holds no {kind} tensor; expected names such as {part_names('<module>', kind)[0]}")

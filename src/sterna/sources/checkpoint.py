@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -48,6 +48,11 @@ class Checkpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def shapes_by_any_name(self) -> dict[str, tuple[int, ...]]:
+        """Those of the tied copies too; `read` knows their names as well."""
+        return self.shapes | {name: self.tensors[first].shape for name, first in self.aliases.items()}
 
     @property
     def architecture(self) -> str | None:
@@ -114,10 +119,12 @@ def _from_folder(folder: Path) -> Checkpoint:
         raise NotFound(f"{folder} cannot be read: {error.strerror}") from error
     index = next((f for f in files if f.endswith(".safetensors.index.json")), None)
     weights = [f for f in files if f.endswith(".safetensors")]
-    if index is not None:
+    if "model.safetensors" in weights:  # before an index, as transformers does
+        shards: dict[str | None, Path] = {None: folder / "model.safetensors"}
+    elif index is not None:
         shards = _shards(folder, index)
-    elif "model.safetensors" in weights or len(weights) == 1:
-        shards = {None: folder / ("model.safetensors" if "model.safetensors" in weights else weights[0])}
+    elif len(weights) == 1:
+        shards = {None: folder / weights[0]}
     elif weights:
         raise InvalidFile(f"{folder} has {len(weights)} safetensors files and no index ({some(weights)}); expected model.safetensors.index.json")
     else:
@@ -226,13 +233,14 @@ def _tied_copies(tensors: dict[str, TensorInfo], read: Callable[[str], torch.Ten
     return aliases
 
 
-def _from_state_dict(state: Mapping[str, torch.Tensor], label: str = "state dict") -> Checkpoint:
+def _from_state_dict(state: Mapping[str, torch.Tensor], label: str = "state dict", later: frozenset[str] = frozenset()) -> Checkpoint:
+    """Tensors that share memory count once, under the first of their sorted names; under one of `later` only where all of them are."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise InvalidArgument(f"a state dict maps names to tensors; found {name!r}: {type(tensor).__name__}")
     first: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
-    for name in sorted(state):
+    for name in sorted(state, key=lambda name: (name in later, name)):
         refuse_tensor(name, state[name])
         identity = (state[name].data_ptr(), state[name].shape, state[name].stride(), state[name].dtype, state[name].device)
         if state[name].numel() == 0 or first.setdefault(identity, name) == name:
@@ -244,7 +252,7 @@ def _from_state_dict(state: Mapping[str, torch.Tensor], label: str = "state dict
 
 def _from_module(module: torch.nn.Module) -> Checkpoint:
     state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
-    opened = _from_state_dict(state)
+    opened = _from_state_dict(state, later=_left_out_of_files(module, state))
     config = getattr(module, "config", None)
     values: dict[str, Any] = {}
     label = type(module).__name__
@@ -258,13 +266,23 @@ def _from_module(module: torch.nn.Module) -> Checkpoint:
     return Checkpoint(opened.tensors, opened.read, label, config=values, aliases=opened.aliases, buffers=buffers)
 
 
+def _left_out_of_files(module: torch.nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """The names of tied copies that transformers' save_pretrained does not write."""
+    patterns = [
+        re.compile(re.escape(f"{path}." if path else "") + pattern)
+        for path, part in module.named_modules()
+        for pattern in getattr(type(part), "_tied_weights_keys", None) or ()
+    ]
+    return frozenset(name for name in names if any(pattern.match(name) for pattern in patterns))
+
+
 def refuse_tensor(name: str, tensor: torch.Tensor) -> None:
     """Raise Unsupported for what has no plain values to read: meta, quantized, sharded and other wrapped tensors."""
     kind = type(tensor)
     if tensor.is_meta:
         raise Unsupported(f"{name} is on the meta device (offloaded or not loaded); load the whole model first")
     if is_wrapped(tensor):
-        raise Unsupported(f"{name} is a {kind.__module__}.{kind.__qualname__}; sharded or quantized tensors are not supported, gather or dequantize first")
+        raise Unsupported(f"{name} is a {kind.__module__}.{kind.__qualname__}; sharded and quantized tensors: gather or dequantize first")
     if tensor.is_quantized or (tensor.dtype.is_floating_point and tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
         raise Unsupported(f"{name} is quantized ({tensor.dtype}); expected float32, float16 or bfloat16")
     if tensor.is_complex() or tensor.layout != torch.strided:
@@ -273,7 +291,7 @@ def refuse_tensor(name: str, tensor: torch.Tensor) -> None:
 
 def is_wrapped(tensor: torch.Tensor) -> TypeGuard[Any]:
     """Whether the tensor is of a subclass that keeps its values elsewhere (DTensor, bitsandbytes, torchao)."""
-    return type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and not isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def is_buffer(checkpoint: Checkpoint, name: str) -> bool:
@@ -281,5 +299,3 @@ def is_buffer(checkpoint: Checkpoint, name: str) -> bool:
     if checkpoint.buffers is not None:
         return name in checkpoint.buffers
     return not checkpoint.tensors[name].dtype.is_floating_point or last(plain(name)) in BUFFERS | NONPERSISTENT
-
-

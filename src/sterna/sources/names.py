@@ -74,8 +74,8 @@ def swap_prefix(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name.startswith(old) else name
 
 
-def align(base: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...] | None]) -> Alignment:
-    """Find the class prefixes under which most names and shapes of `other` (None: any shape) are those of `base`.
+def align(base: Mapping[str, tuple[int, ...] | None], other: Mapping[str, tuple[int, ...] | None]) -> Alignment:
+    """Find the class prefixes under which most names and shapes of `other` are those of `base` (None: any shape).
 
     Raises PairingError where no name and shape agree.
     """
@@ -92,7 +92,7 @@ def align(base: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ..
                 found = other_plain.get(swap_prefix(short, base_prefix, other_prefix))
                 if found is not None:
                     matched[name] = found
-                    agreeing += other[found] is None or base[name] == other[found]
+                    agreeing += None in (base[name], other[found]) or base[name] == other[found]
             score = (agreeing, -len(base_prefix) - len(other_prefix))
             if best is None or score > best[:2]:
                 best = (*score, Alignment(base_prefix, other_prefix, matched))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,8 +62,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pa
             raise Unsupported(f"the {side} {checkpoint.label!r} is quantized (config.quantization_config); expected plain float weights")
         leftover = [name for name in checkpoint.tensors if ".lora_" in name or ".ia3_l" in name]
         if leftover:
-            raise Unsupported(f"the {side} {checkpoint.label!r} holds unmerged adapter tensors ({some(leftover)}); merge them, or give the adapter folder")
-    alignment = align(base.shapes, tuned.shapes)
+            raise Unsupported(f"the {side} {checkpoint.label!r} holds adapter tensors ({some(leftover)}); merge them, or give the adapter folder")
+    alignment = _aligned(base, tuned)
     prefixes = (alignment.base_prefix, alignment.other_prefix)
     skipped = excluded_names(base, tuned, alignment, exclude)
     pairs: list[Pair] = []
@@ -104,6 +104,16 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pa
     return Pairing(tuple(pairs), tuple(sorted(exact, key=lambda e: (e.name, e.role))), dropped, tuple(sorted(skipped)), prefixes, tuple(warnings))
 
 
+def _aligned(base: Checkpoint, tuned: Checkpoint) -> Alignment:
+    """The alignment of what the two store; a tied tensor is found under any of its names, on either side."""
+    found = align(base.shapes_by_any_name, tuned.shapes_by_any_name)
+    names_of = {name: [name] for name in base.tensors}
+    for alias, name in sorted(base.aliases.items()):
+        names_of[name].append(alias)
+    to_other = {name: found.to_other[known[0]] for name, names in names_of.items() if (known := [n for n in names if n in found.to_other])}
+    return replace(found, to_other={name: tuned.aliases.get(other, other) for name, other in to_other.items()})
+
+
 def excluded_names(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, patterns: Sequence[str]) -> frozenset[str]:
     """Base names (and plain names of the tuned model's own tensors) that the glob patterns match."""
     known = set(base.tensors) | {plain(n) for n in tuned.tensors if n not in set(alignment.to_other.values())}
@@ -136,7 +146,7 @@ def _inside(name: str, matched: Iterable[str]) -> bool:
     parts = name.split(".")
     ancestors = {".".join(parts[:depth]) + "." for depth in range(2, len(parts))}
     parent = name.rpartition(".")[0] + "."
-    return any(other.startswith(parent) and parent != "." or any(other.startswith(a) for a in ancestors) for other in matched)
+    return any((other.startswith(parent) and parent != ".") or any(other.startswith(a) for a in ancestors) for other in matched)
 
 
 def _extra(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, matched: set[str], skipped: frozenset[str]) -> list[str]:
@@ -148,7 +158,7 @@ def _extra(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, matched: s
     ]
     misplaced = [name for name in extra if not is_head(plain(name), alignment.other_prefix) and _inside(as_base[name], matched)]
     if misplaced:
-        raise PairingError(f"the tuned model has tensors inside layers that the base lacks there: {some(misplaced, 8)}{_both(base, tuned, alignment)}")
+        raise PairingError(f"the tuned model has tensors inside layers where the base lacks them: {some(misplaced)}{_both(base, tuned, alignment)}")
     return extra
 
 
@@ -158,7 +168,7 @@ def _missing(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, matched:
     untold = [name for name in gone if last(plain(name)) not in NONPERSISTENT and alignment.other_of(name) not in {plain(a) for a in tuned.aliases}]
     lost = [name for name in untold if _inside(plain(name), matched)]
     if lost:
-        raise PairingError(f"the tuned model lacks tensors inside layers that it shares with the base: {some(lost, 8)}{_both(base, tuned, alignment)}")
+        raise PairingError(f"the tuned model lacks tensors inside layers that it shares with the base: {some(lost)}{_both(base, tuned, alignment)}")
     return tuple(gone)
 
 

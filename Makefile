@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up everything by themselves, in .venv, from pinned versions.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint check test-long bench assets clean
+
+demo: $(STAMP)
+	$(RUN)/python -m sterna.demo.assets
+	$(RUN)/sterna demo
+
+test: $(STAMP) assets lint check
+	$(RUN)/python -m pytest
+
+# Longer than the default suite: memory of a large checkpoint, more fuzzing.
+test-long: $(STAMP) assets
+	STERNA_FUZZ=1000000 $(RUN)/python -m pytest -m "slow or not slow"
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+
+# The README's own commands, run as they stand there.
+check: $(STAMP)
+	$(RUN)/python -m pytest tests/test_readme.py
+
+bench: $(STAMP)
+	$(RUN)/python -m sterna.demo.assets --all
+	$(RUN)/python benchmarks/run.py
+
+assets: $(STAMP)
+	$(RUN)/python -m sterna.demo.assets
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip torch
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV)

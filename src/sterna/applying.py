@@ -1,0 +1,193 @@
+"""Expert and base to a folder: a full checkpoint that `from_pretrained` loads, or the PEFT folder that an adapter's expert came from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sterna.errors import InvalidArgument, WrongBase
+from sterna.expert.changes import Add, Change, Factors, Multiply, Set, Ternary
+from sterna.expert.container import ITEM_BYTES, Part, safetensors_pieces
+from sterna.expert.expert import Expert, exact_bytes, new_value
+from sterna.expert.file import CODES, load
+from sterna.live.update import sparse_adds
+from sterna.progress import Progress, silent
+from sterna.sources.adapter import PREFIX, part_names, write_adapter
+from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint, read_json
+from sterna.sources.names import plain, swap_prefix
+from sterna.verification import require_checkpoint
+from sterna.writing import refuse_existing, whole_folder
+
+SHARD_BYTES = 5 << 30
+"""Bytes of tensors in one file of a checkpoint at most, unless one tensor alone is larger."""
+_COPIED = (".json", ".txt", ".model", ".jinja", ".py")
+
+
+def apply(
+    base: Source,
+    expert: Expert | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    merged: bool = False,
+    allow_narrower: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write the tuned model into the new folder `out`, whole or not at all, and return it.
+
+    A full checkpoint in the base's dtypes, with its configuration and tokenizer; for an expert made from LoRA or (IA)3 a PEFT folder, or with
+    `merged` the full checkpoint. Tensors stream one at a time. Raises WrongBase, InvalidFile, CannotWrite, and what opening the base raises.
+    """
+    if not isinstance(expert, Expert):
+        expert = load(expert)
+    refuse_existing(Path(out))
+    opened = open_checkpoint(base)
+    own, _, _ = require_checkpoint(expert, opened, allow_narrower, progress)
+    expert.check()
+    with whole_folder(out) as folder:
+        if expert.facts.source != "full" and not merged:
+            _write_peft(expert, folder)
+        else:
+            _write_checkpoint(expert, opened, own, folder, progress)
+    return Path(out)
+
+
+def _write_peft(expert: Expert, folder: Path) -> None:
+    """The adapter again, with its factors (or vectors) as the expert has them, in float32."""
+    tensors: dict[str, torch.Tensor] = {}
+    base_prefix, tuned_prefix = expert.facts.prefixes
+    for change in expert.changes:
+        match change:
+            case Factors():
+                names = part_names(change.key, "embedding" if change.embedding else "lora")
+                tensors.update(zip(names, (_dense(change.A), _dense(change.B)), strict=True))
+            case Multiply():
+                tensors[part_names(change.key, "ia3")[0]] = 1 + _dense(change.vector)
+            case Set(role="head" | "saved"):
+                of_base = change.name in expert.fingerprint.names
+                name = swap_prefix(plain(change.name), base_prefix, tuned_prefix) if of_base else change.name
+                tensors[PREFIX + name] = change.value
+            case _:
+                raise InvalidArgument(f"{change.name} is changed in a way that a PEFT folder cannot hold; use --merged (merged=True)")
+    config = {**expert.facts.adapter, "base_model_name_or_path": expert.facts.base.name, "inference_mode": True}
+    write_adapter(folder, config, tensors)
+
+
+def _dense(levels: Ternary) -> torch.Tensor:
+    return torch.from_numpy(levels.levels()).float() * levels.scale
+
+
+def _write_checkpoint(expert: Expert, base: Checkpoint, own: Mapping[str, str], folder: Path, progress: Progress) -> None:
+    parts = _parts(expert, base, own)
+    shards = _shards(parts)
+    names = {i: "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))}
+    done = 0
+    for number, shard in enumerate(shards):
+        with open(folder / names[number], "xb") as file:
+            for piece in safetensors_pieces({"format": "pt"}, shard):
+                file.write(piece)
+                done += len(piece)
+                progress("apply", done, sum(_bytes(part) for part in parts), "bytes")
+    if len(shards) > 1:
+        weight_map = {part[0]: names[number] for number, shard in enumerate(shards) for part in shard}
+        index = {"metadata": {"total_size": sum(_bytes(part) for part in parts)}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+    _write_surroundings(expert, base, folder)
+
+
+def _parts(expert: Expert, base: Checkpoint, own: Mapping[str, str]) -> list[Part]:
+    """Every tensor of the tuned model under its own name, made when it is written."""
+    changes: dict[str, list[Change]] = {}
+    for change in expert.changes:
+        changes.setdefault(change.name, []).append(change)
+        if isinstance(change, Multiply) and change.bias:
+            changes.setdefault(change.bias, []).append(change)
+    fingerprinted = {found: name for name, found in own.items()}
+    base_prefix, tuned_prefix = expert.facts.prefixes if expert.facts.source == "full" else ("", "")
+    parts: list[Part] = []
+    for found, info in sorted(base.tensors.items()):
+        name = fingerprinted.get(found, plain(found))
+        if name in expert.facts.dropped:
+            continue
+        applied = changes.pop(name, [])
+        dtype, shape = info.dtype, info.shape
+        for change in applied:
+            if isinstance(change, Set):
+                shape = (change.first_row + change.value.shape[0], *shape[1:]) if change.role == "rows" else tuple(change.value.shape)
+                dtype = dtype if change.role == "rows" else change.value.dtype
+            elif isinstance(change, Add) and change.levels.shape != info.shape:
+                raise WrongBase(f"the expert changes {name} with shape {change.levels.shape}; the base has {info.shape}")
+        target = swap_prefix(plain(name), base_prefix, tuned_prefix)
+        parts.append((target, CODES[dtype], shape, partial(_tuned, base, found, applied, dtype)))
+    for name, left in changes.items():
+        for change in left:
+            if not isinstance(change, Set):
+                raise WrongBase(f"this base has no {name}, which the expert changes")
+            target = swap_prefix(name, base_prefix, tuned_prefix) if change.role == "untied" else name
+            parts.append((target, CODES[change.value.dtype], tuple(change.value.shape), partial(_exact, change.value)))
+    return sorted(parts, key=lambda part: part[0])
+
+
+def _tuned(base: Checkpoint, name: str, changes: Sequence[Change], dtype: torch.dtype) -> Iterator[memoryview]:
+    tensor = base.read(name).detach().cpu()
+    for change in changes:
+        if isinstance(change, Add):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            for step in sparse_adds([(tensor, change.levels)]):
+                step.apply()
+        else:
+            tensor = new_value(change, tensor).to(dtype)
+    yield exact_bytes(tensor)
+
+
+def _exact(value: torch.Tensor) -> Iterator[memoryview]:
+    yield exact_bytes(value)
+
+
+def _bytes(part: Part) -> int:
+    return math.prod(part[2]) * ITEM_BYTES[part[1]]
+
+
+def _shards(parts: Sequence[Part]) -> list[list[Part]]:
+    shards: list[list[Part]] = [[]]
+    size = 0
+    for part in parts:
+        if shards[-1] and size + _bytes(part) > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(part)
+        size += _bytes(part)
+    return shards
+
+
+def _write_surroundings(expert: Expert, base: Checkpoint, folder: Path) -> None:
+    """Configuration with what the tuned model changed, and the base's tokenizer with the tokens that it added."""
+    if base.folder is not None:
+        for file in sorted(base.folder.iterdir()):
+            wanted = file.suffix in _COPIED and not file.name.endswith(".index.json") and file.name not in ("config.json", "adapter_config.json")
+            if file.is_file() and wanted:
+                shutil.copyfile(file, folder / file.name)
+    if expert.facts.tokens and (folder / "tokenizer.json").is_file():
+        tokenizer = read_json(folder / "tokenizer.json")
+        tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *expert.facts.tokens]
+        _write_json(folder / "tokenizer.json", tokenizer)
+    if base.config:
+        config = {name: value for name, value in base.config.items() if not name.startswith("_")}
+        config.update(expert.facts.config)
+        labels = config.get("id2label")
+        if "id2label" in expert.facts.config and "label2id" not in expert.facts.config and isinstance(labels, dict):
+            config["label2id"] = {label: int(number) for number, label in labels.items()}
+        if expert.facts.architecture:
+            config["architectures"] = [expert.facts.architecture]
+        _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,64 @@
+"""sterna compress: a tuned model becomes an expert file."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, size, warn
+
+
+class Scope(StrEnum):
+    """Over what the threshold and the standard deviation are taken."""
+
+    GLOBAL = "global"
+    TENSOR = "tensor"
+
+
+def compress(
+    base: Annotated[str, typer.Argument(metavar="BASE", help=BASE_HELP, show_default=False)],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The tuned model: as BASE, or a PEFT LoRA or (IA)3 folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="EXPERT", help="The expert file to write.", show_default=False)],
+    density: Annotated[float, typer.Option(help="Share of the entries that keep their sign.")] = 0.1,
+    alpha: Annotated[float, typer.Option(help="Scale of the kept entries, in standard deviations of the task vector.")] = 4.0,
+    scope: Annotated[Scope, typer.Option(help="One threshold and scale for all tensors, or one for each.")] = Scope.GLOBAL,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors that stay at the base. May be given again.")] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata to carry, as task=legal. May be given again.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on where base and tuned model do not seem to belong together.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress what a tuned model learned over its base into an expert file."""
+    from sterna.commands.fields import parse_metadata
+    from sterna.compression import compress as run
+    from sterna.summary import inspect
+
+    fields = parse_metadata(metadata or [])
+    with progress_bar() as progress:
+        expert = run(
+            base,
+            tuned,
+            density=density,
+            alpha=alpha,
+            scope=scope.value,
+            exclude=exclude or [],
+            force=force,
+            metadata=fields,
+            warn=warn,
+            progress=progress,
+        )
+        expert.save(output)
+    summary = inspect(expert)
+    if expert.facts.dropped:
+        warn(f"the tuned model has no {', '.join(expert.facts.dropped[:4])}{' ...' if len(expert.facts.dropped) > 4 else ''}: dropped")
+    if as_json:
+        print_json({"file": str(output), **summary.to_dict()})
+    else:
+        print(
+            f"{output}: {size(summary.bytes)}, {summary.ratio_to_16bit:.1f}x smaller than a 16-bit delta; "
+            f"{summary.bits_per_parameter:.3f} bits a parameter ({summary.entropy_bits_per_parameter:.3f} is the i.i.d. entropy)"
+        )

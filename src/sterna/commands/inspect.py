@@ -1,0 +1,84 @@
+"""sterna inspect: what an expert is, for which base, how large, and where its non-zeros are."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from sterna.commands.shared import ExpertFile, Json, print_json, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sterna.summary import Summary
+
+
+_SOURCES = {"full": "full fine-tune", "lora": "LoRA", "ia3": "(IA)3"}
+
+
+def inspect(expert: ExpertFile, as_json: Json = False) -> None:
+    """Show what an expert is, for which base, how large it is, and the density of each tensor."""
+    from sterna.summary import inspect as run
+
+    summary = run(expert)
+    if as_json:
+        print_json(summary.to_dict())
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_facts(summary))
+    console.print(_tensors(summary))
+
+
+def _facts(summary: Summary) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = summary.facts
+    base = facts.base
+    scale = f"scale {facts.scale:.4g}" if facts.scope == "global" else "a scale for each tensor"
+    bits, entropy = summary.bits_per_parameter, summary.entropy_bits_per_parameter
+    coded = summary.bytes_streams + summary.bytes_table
+    rows = {
+        "method": f"{facts.method} of a {_SOURCES[facts.source]}",
+        "density": f"{facts.density:g}, alpha {facts.alpha:g}, {scale}",
+        "base": f"{base.name}{f'@{base.revision}' if base.revision else ''}, {base.parameters:,} parameters",
+        "fingerprint": base.fingerprint,
+        "class": facts.architecture or "",
+        "file": f"{summary.bytes:,} bytes ({size(summary.bytes)}): {coded:,} coded, {summary.bytes_exact:,} exact, {summary.bytes_header:,} header",
+        "against 16 bit": f"{summary.ratio_to_16bit:.1f} times smaller than a 16-bit delta",
+        "bits a parameter": f"{bits:.4f} coded; i.i.d. entropy {entropy:.4f}, ratio {bits / entropy:.3f}" if entropy else "nothing is changed",
+        "non-zeros": f"{summary.nonzeros:,} of {summary.parameters:,}",
+        "config": json.dumps(dict(facts.config), ensure_ascii=False) if facts.config else "",
+        "added tokens": ", ".join(str(token.get("content")) for token in facts.tokens),
+        "excluded": ", ".join(facts.excluded),
+        "dropped": ", ".join(facts.dropped),
+        "digest": summary.digest,
+        "content digest": summary.content_digest,
+        "writer": facts.writer,
+        **{f"meta {key}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.metadata.items()},
+    }  # fmt: skip
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value:
+            table.add_row(Text(name), Text(value))
+    return table
+
+
+def _tensors(summary: Summary) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title="")
+    for name in ("tensor", "change"):
+        table.add_column(name, overflow="fold")
+    for name in ("shape", "density", "non-zeros", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for tensor in summary.tensors:
+        shape = " x ".join(map(str, tensor.shape)) or "scalar"
+        density = f"{tensor.density:.4f}" if tensor.entries else "exact"
+        table.add_row(Text(tensor.name), tensor.change, shape, density, f"{tensor.nonzeros:,}" if tensor.entries else "", f"{tensor.bytes:,}")
+    return table

@@ -1,0 +1,80 @@
+"""What the commands share: their common arguments, JSON output, warnings and progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sterna.progress import Progress, silent
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; messages stay on stderr.")]
+ExpertFile = Annotated[Path, typer.Argument(metavar="EXPERT", help="An expert file.", show_default=False)]
+AllowNarrower = Annotated[bool, typer.Option("--allow-narrower", help="Accept the expert's base in a narrower dtype than the expert was made on.")]
+
+BASE_HELP = "The base: a model folder, a safetensors file, or a hub id (org/name or org/name@revision)."
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def warn(message: str) -> None:
+    """A message that is no result: on stderr."""
+    print(f"sterna: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar with rate and time left for each step, on a terminal only; gone when the work is done."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    import rich.progress
+    from rich.console import Console
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{_count(speed)} {task.fields['unit']}/s" if speed else "")
+
+    bar = rich.progress.Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+
+    def report(step: str, done: int, total: int, unit: str) -> None:
+        if step not in tasks:
+            tasks[step] = bar.add_task(step, total=total, unit=unit)
+        bar.update(tasks[step], completed=done, total=total)
+
+    with bar:
+        yield report
+
+
+def _count(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {letter}"
+    return f"{number:.0f} "
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them, in decimal units."""
+    for unit, letter in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {letter}"
+    return f"{count} bytes"

@@ -1,0 +1,73 @@
+"""The task vector of a full fine-tune: tuned minus base over every floating-point parameter that both have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sterna.codings import CHUNK
+from sterna.errors import PairingError
+from sterna.expert.changes import Add, Change, Set, Ternary
+from sterna.numbers import moments
+from sterna.sources.checkpoint import Checkpoint
+from sterna.sources.config import changed_config
+from sterna.sources.pairing import pair
+from sterna.taskvector import F32, Piece, TaskVector, float32
+
+
+def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> TaskVector:
+    """Bring the two together and describe their difference. Raises PairingError, Unsupported or InvalidArgument."""
+    pairing = pair(base, tuned, exclude)
+    if not pairing.pairs:
+        raise PairingError("nothing is left to compress: every tensor is excluded, exact or dropped")
+    pieces = [_difference(base, tuned, p.name, p.tuned, p.shape) for p in pairing.pairs]
+
+    def changes(levels: Sequence[Ternary]) -> list[Change]:
+        return [Add(piece.name, ternary) for piece, ternary in zip(pieces, levels, strict=True)]
+
+    def norm() -> float:
+        return math.sqrt(sum(_sum_of_squares(base.read(p.name)) for p in pairing.pairs))
+
+    return TaskVector(
+        "full",
+        pieces,
+        changes,
+        [Set(e.name, _exact_value(tuned.read(e.tuned), e.first_row), e.role, e.first_row) for e in pairing.exact],
+        norm=norm,
+        prefixes=pairing.prefixes,
+        dropped=pairing.dropped,
+        excluded=pairing.excluded,
+        architecture=tuned.architecture,
+        config=changed_config(base.config, tuned.config),
+        folder=tuned.folder,
+        warnings=pairing.warnings,
+    )
+
+
+def _difference(base: Checkpoint, tuned: Checkpoint, name: str, other: str, shape: tuple[int, ...]) -> Piece:
+    """tuned - base as a piece. A tuned dtype that cannot hold the base's values rounds the base first, or rounding noise would fill it."""
+    entries = math.prod(shape)
+    ours = base.read(name).detach().reshape(-1)
+    theirs = tuned.read(other).detach().reshape(-1)[:entries]
+    round_to = theirs.dtype if torch.promote_types(ours.dtype, theirs.dtype) != theirs.dtype else None
+
+    def read(start: int, stop: int) -> F32:
+        before = ours[start:stop]
+        if round_to is not None:
+            before = before.to(round_to)
+        return np.subtract(float32(theirs[start:stop]), float32(before))
+
+    return Piece(name, shape, read)
+
+
+def _exact_value(tensor: torch.Tensor, first_row: int) -> torch.Tensor:
+    rows = tensor.detach()[first_row:] if first_row else tensor.detach()
+    return rows.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> float:
+    flat = tensor.detach().reshape(-1)
+    return math.fsum(moments.sums(float32(flat[start : start + CHUNK]))[1] for start in range(0, flat.numel(), CHUNK))

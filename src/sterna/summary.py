@@ -1,0 +1,110 @@
+"""What an expert is and how large, in numbers: for `sterna inspect`, reports and benchmarks."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sterna.expert.changes import Add, Factors, Multiply, Set
+from sterna.expert.expert import Expert
+from sterna.expert.facts import Facts
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """One changed tensor: entries that are coded, how many are not zero, and the bytes that they take; an exact tensor has no non-zeros."""
+
+    name: str
+    change: str
+    shape: tuple[int, ...]
+    entries: int
+    nonzeros: int
+    bytes: int
+
+    @property
+    def density(self) -> float:
+        return self.nonzeros / self.entries if self.entries else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Sizes in bytes on disk: `bytes` = header + table + streams + exact tensors + checksum.
+
+    `parameters` is d, the length of the task vector; `bits_per_parameter` counts streams and table, exact tensors not; `entropy_bits_per_parameter`
+    is the i.i.d. entropy of a ternary vector with this many non-zeros and signs; `ratio_to_16bit` is a 16-bit copy of the task vector and the exact
+    tensors over `bytes`.
+    """
+
+    facts: Facts
+    digest: str
+    content_digest: str
+    bytes: int
+    bytes_streams: int
+    bytes_table: int
+    bytes_exact: int
+    bytes_header: int
+    parameters: int
+    nonzeros: int
+    bits_per_parameter: float
+    entropy_bits_per_parameter: float
+    ratio_to_16bit: float
+    tensors: tuple[TensorSummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        tensors = [{**asdict(t), "density": t.density} for t in self.tensors]
+        return {**{k: v for k, v in asdict(self).items() if k != "tensors"}, "tensors": tensors}
+
+
+def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
+    """Sizes, densities and facts of an expert or its file. Raises NotFound or InvalidFile."""
+    from sterna.expert.file import file_pieces, load
+    from sterna.expert.table import write_table
+
+    if not isinstance(expert, Expert):
+        expert = load(expert)
+    size = expert.file_bytes or sum(len(piece) for piece in file_pieces(expert))
+    table = len(write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor"))
+    tensors = tuple(_tensor(change) for change in expert.changes)
+    streams = sum(t.stop - t.start for t in expert.ternaries)
+    exact = sum(t.bytes for t in tensors if t.change.startswith("set"))
+    exact_entries = sum(math.prod(t.shape) for t in tensors if t.change.startswith("set"))
+    entries = sum(t.entries for t in tensors)
+    nonzeros = sum(t.nonzeros for t in tensors)
+    return Summary(
+        facts=expert.facts,
+        digest=expert.digest,
+        content_digest=expert.content_digest,
+        bytes=size,
+        bytes_streams=streams,
+        bytes_table=table,
+        bytes_exact=exact,
+        bytes_header=size - streams - table - exact - 32,
+        parameters=entries,
+        nonzeros=nonzeros,
+        bits_per_parameter=8 * (streams + table) / entries if entries else 0.0,
+        entropy_bits_per_parameter=ternary_entropy(nonzeros / entries) if entries else 0.0,
+        ratio_to_16bit=2 * (entries + exact_entries) / size,
+        tensors=tensors,
+    )
+
+
+def ternary_entropy(density: float) -> float:
+    """i.i.d. entropy in bits an entry: -(1-k) log2(1-k) - k log2(k/2)."""
+    if density <= 0:
+        return 0.0
+    zeros = -(1 - density) * math.log2(1 - density) if density < 1 else 0.0
+    return zeros - density * math.log2(density / 2)
+
+
+def _tensor(change: Add | Factors | Multiply | Set) -> TensorSummary:
+    if isinstance(change, Set):
+        size = change.value.numel() * change.value.element_size()
+        return TensorSummary(change.name, f"set ({change.role})", tuple(change.value.shape), 0, 0, size)
+    parts = change.ternaries
+    shape = parts[0].shape if len(parts) == 1 else (parts[1].shape[0], math.prod(parts[0].shape[1:]))
+    kind = type(change).__name__.lower()
+    entries, nonzeros, size = (sum(column) for column in zip(*((t.size, t.count, t.stop - t.start) for t in parts), strict=True))
+    return TensorSummary(change.name, kind, shape, entries, nonzeros, size)

@@ -1,0 +1,65 @@
+"""Is the file whole, and is this the right base?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from sterna.errors import WrongBase
+from sterna.expert.changes import Set
+from sterna.expert.expert import Expert
+from sterna.fingerprint import HASHED_DTYPES, require_base, tensor_digest
+from sterna.progress import Progress, silent
+from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint
+from sterna.sources.names import align, some
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A file that is whole; with a base, that it is the right one. `narrower` are base tensors in a narrower dtype, `absent` those it lacks."""
+
+    digest: str
+    base: str | None
+    narrower: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+
+
+def verify(
+    expert: Expert | str | os.PathLike[str], base: Source | None = None, *, allow_narrower: bool = False, progress: Progress = silent
+) -> Verification:
+    """Check the file's structure, checksum and every stream, and the base's fingerprint where one is given.
+
+    Raises NotFound, InvalidFile or WrongBase.
+    """
+    if not isinstance(expert, Expert):
+        from sterna.expert.file import load
+
+        expert = load(expert)
+    expert.check()
+    if base is None:
+        return Verification(expert.digest, None)
+    opened = open_checkpoint(base)
+    _, narrower, absent = require_checkpoint(expert, opened, allow_narrower, progress)
+    return Verification(expert.digest, opened.label, narrower, absent)
+
+
+def require_checkpoint(
+    expert: Expert, base: Checkpoint, allow_narrower: bool, progress: Progress = silent
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """The checkpoint's own names by the expert's base names, once its values are those of the expert's base; and which are narrower, and absent.
+
+    Raises WrongBase, also where a tensor that the expert changes is absent.
+    """
+    own = align(dict.fromkeys(expert.fingerprint.names), base.shapes).to_other
+    own = {name: found for name, found in own.items() if base.tensors[found].dtype in HASHED_DTYPES}
+    digests = {}
+    for number, (name, found) in enumerate(own.items()):
+        tensor = base.read(found)
+        digests[name] = (tensor_digest(tensor), tensor.dtype)
+        progress("verify base", number + 1, len(own), "tensors")
+    result = require_base(expert.fingerprint, expert.facts.base.name, digests, allow_narrower)
+    known = set(expert.fingerprint.names)
+    lost = [change.name for change in expert.changes if change.name in known and change.name not in own and not isinstance(change, Set)]
+    if lost:
+        raise WrongBase(f"this base has no {some(lost)}, which the expert changes")
+    return own, result.narrower, result.absent
