@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import mmap
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -19,9 +21,8 @@ from typing import IO, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from sterna.codings import PADDING, U8, Coding
+from sterna.codings import CHUNK, I64, PADDING, U8, Coding
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert.changes import Ternary
 from sterna.numbers import moments, selection
@@ -65,6 +66,8 @@ def ternarize(
         for group in groups:
             threshold, deviation, group_squares = _survey(group, density, advance)
             squares += group_squares
+            if alpha * deviation > np.finfo(np.float32).max:
+                raise InvalidArgument(f"the scale alpha * std is {alpha * deviation:g}, beyond float32: the tuned model is broken, or alpha too large")
             scale = float(np.float32(alpha * deviation))
             for piece, start, stop in _write_streams(group, threshold, coding, file, advance):
                 placed.append((piece, scale, start, stop))
@@ -79,87 +82,129 @@ def ternarize(
 
 def _survey(pieces: Sequence[Piece], density: float, advance: Callable[[int], None]) -> tuple[selection.Threshold, float, float]:
     """Threshold, standard deviation and sum of squares of the vector that the pieces make up."""
-    chunks = [chunk for piece in pieces for chunk in piece.chunks()]
+    chunks = [chunk for piece in pieces for chunk in _chunks(piece)]
+    upper = _Histogram(selection.UPPER_BINS)
 
-    def first(chunk: tuple[Piece, int, int]) -> tuple[NDArray[np.int64], tuple[float, float]]:
-        piece, start, stop = chunk
-        tau = piece.read(start, stop)
-        sums = moments.sums(tau)
+    def first(chunk: _Chunk) -> tuple[float, float]:
+        tau = chunk.read()
+        sums: tuple[float, float] = moments.sums(tau)
         if not math.isfinite(sums[1]):
-            raise InvalidArgument(f"the difference in {piece.name} holds NaN or infinity; the tuned model or the base is broken there")
-        return _counted(selection.UPPER_BINS, selection.count_upper, tau), sums
+            raise InvalidArgument(f"the difference in {chunk.piece.name} holds NaN or infinity; the tuned model or the base is broken there")
+        selection.count_upper(tau, upper.mine())
+        return sums
 
-    upper = np.zeros(selection.UPPER_BINS, np.int64)
     total = squares = 0.0
-    for (_, start, stop), (histogram, sums) in _ordered(first, chunks):
-        upper += histogram
+    for chunk, sums in _ordered(first, chunks):
         total += sums[0]
         squares += sums[1]
-        advance(stop - start)
+        advance(chunk.size)
     entries = sum(piece.size for piece in pieces)
     wanted = kept_entries(density, entries)
-    upper_bin, above = selection.locate_upper(upper, wanted)
+    upper_bin, above = selection.locate_upper(upper.total(), wanted)
+    lower = _Histogram(selection.LOWER_BINS)
 
-    def second(chunk: tuple[Piece, int, int]) -> NDArray[np.int64]:
-        piece, start, stop = chunk
-        return _counted(selection.LOWER_BINS, lambda tau, h: selection.count_lower(tau, upper_bin, h), piece.read(start, stop))
+    def second(chunk: _Chunk) -> None:
+        selection.count_lower(chunk.read(), upper_bin, lower.mine())
 
-    lower = np.zeros(selection.LOWER_BINS, np.int64)
-    for (_, start, stop), histogram in _ordered(second, chunks):
-        lower += histogram
-        advance(stop - start)
-    return selection.locate(upper_bin, above, lower, wanted), moments.standard_deviation(entries, total, squares), squares
-
-
-def _counted(bins: int, count: Callable[[F32, NDArray[np.int64]], None], tau: F32) -> NDArray[np.int64]:
-    histogram = np.zeros(bins, np.int64)
-    count(tau, histogram)
-    return histogram
+    for chunk, _ in _ordered(second, chunks):
+        advance(chunk.size)
+    return selection.locate(upper_bin, above, lower.total(), wanted), moments.standard_deviation(entries, total, squares), squares
 
 
 def _write_streams(
     pieces: Sequence[Piece], threshold: selection.Threshold, coding: Coding, file: IO[bytes], advance: Callable[[int], None]
 ) -> Iterator[tuple[Piece, int, int]]:
     """Code the pieces one after another into `file`; yields (piece, first byte, byte after the last)."""
-    ties = threshold.ties
+    left = threshold.ties
 
-    def levels(chunk: tuple[Piece, int, int], ties: int) -> tuple[bytes, int]:
-        piece, start, stop = chunk
-        codes = np.empty(stop - start, np.uint32)
-        kept, left = selection.emit(piece.read(start, stop), 0, threshold.bits, ties, codes)
-        return coding.encode(codes[:kept], stop - start), ties - left
+    def levels(chunk: _Chunk, ties: int) -> tuple[bytes, int]:
+        tau = chunk.read()
+        used = min(selection.count_equal(tau, threshold.bits), ties) if ties else 0
+        codes = _scratch.codes[: tau.size]
+        kept = selection.emit(tau, threshold.bits, used, codes)
+        return coding.encode(codes[:kept], chunk.size), used
 
     for piece in pieces:
         begin = file.tell()
-        for chunk, (record, used) in _ordered(partial(levels, ties=ties), piece.chunks()):
-            if used > ties:  # an earlier chunk, worked on at the same time, took some of them
-                record, used = levels(chunk, ties)
-            ties -= used
+        for chunk, (record, used) in _ordered(partial(levels, ties=left), _chunks(piece)):
+            if used > left:  # an earlier chunk, worked on at the same time, took some of them
+                record, used = levels(chunk, left)
+            left -= used
             try:
                 file.write(record)
             except OSError as error:
                 raise _no_room(error) from error
-            advance(chunk[2] - chunk[1])
+            advance(chunk.size)
         yield piece, begin, file.tell()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Flat entries start..stop-1 of a piece."""
+
+    piece: Piece
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def read(self) -> F32:
+        """The entries, in this thread's own memory until it reads the next chunk."""
+        out = _scratch.tau[: self.size]
+        self.piece.read(self.start, self.stop, out)
+        return out
+
+
+def _chunks(piece: Piece) -> list[_Chunk]:
+    return [_Chunk(piece, start, min(start + CHUNK, piece.size)) for start in range(0, piece.size, CHUNK)]
+
+
+class _Scratch(threading.local):
+    """Memory that each thread fills again and again: fresh pages for every chunk would cost more than the work on them."""
+
+    def __init__(self) -> None:
+        self.tau: F32 = np.empty(CHUNK, np.float32)
+        self.codes = np.empty(CHUNK, np.uint32)
+
+
+_scratch = _Scratch()
+
+
+class _Histogram:
+    """Counts that each thread keeps for itself until the total is asked for."""
+
+    def __init__(self, bins: int) -> None:
+        self._bins = bins
+        self._of_thread: dict[int, I64] = {}
+
+    def mine(self) -> I64:
+        me = threading.get_ident()
+        if me not in self._of_thread:
+            self._of_thread[me] = np.zeros(self._bins, np.int64)
+        return self._of_thread[me]
+
+    def total(self) -> I64:
+        return sum(self._of_thread.values(), start=np.zeros(self._bins, np.int64))
 
 
 def _no_room(error: OSError) -> CannotWrite:
     return CannotWrite(f"no room for the coded streams in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a larger folder")
 
 
-def _ordered(work: Callable[[tuple[Piece, int, int]], T], chunks: Iterable[tuple[Piece, int, int]]) -> Iterator[tuple[tuple[Piece, int, int], T]]:
+def _ordered(work: Callable[[_Chunk], T], chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, T]]:
     """(chunk, work(chunk)) in order, by torch's number of threads, with no more than a few results waiting."""
     threads = torch.get_num_threads()
-    listed = list(chunks)
-    if threads == 1 or len(listed) < 2:
-        for chunk in listed:
+    if threads == 1 or len(chunks) < 2:
+        for chunk in chunks:
             yield chunk, work(chunk)
         return
     with ThreadPoolExecutor(threads) as pool:
         ahead = 2 * threads
-        waiting = [pool.submit(work, chunk) for chunk in listed[:ahead]]
-        for i, chunk in enumerate(listed):
+        waiting = [pool.submit(work, chunk) for chunk in chunks[:ahead]]
+        for i, chunk in enumerate(chunks):
             result = waiting.pop(0).result()
-            if i + ahead < len(listed):
-                waiting.append(pool.submit(work, listed[i + ahead]))
+            if i + ahead < len(chunks):
+                waiting.append(pool.submit(work, chunks[i + ahead]))
             yield chunk, result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sterna.errors import InvalidArgument, WrongBase
 
@@ -107,24 +107,34 @@ class LiveDigests:
     """Digests of live tensors, remembered by the tensor, its data pointer and its version, so that a swap does not hash again."""
 
     def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, int, torch.dtype, bytes]] = {}  # by id: a tensor's == compares values
 
     def of(self, tensors: list[torch.Tensor]) -> list[bytes]:
         """32-byte digests of the tensors as they are now."""
-        missing = [t for t in tensors if self._lookup(t) is None]
+        found = [self._lookup(tensor) for tensor in tensors]
+        missing = [tensor for tensor, digest in zip(tensors, found, strict=True) if digest is None]
         for tensor, digest in zip(missing, _in_threads(tensor_digest, missing), strict=True):
             self.remember(tensor, digest)
-        return [found for t in tensors if (found := self._lookup(t)) is not None]
+        hashed = {id(tensor): self._known[id(tensor)][4] for tensor in missing}
+        return [digest if digest is not None else hashed[id(tensor)] for tensor, digest in zip(tensors, found, strict=True)]
 
     def remember(self, tensor: torch.Tensor, digest: bytes) -> None:
         """Note that `tensor`, as it is now, has that digest."""
-        self._known[tensor] = (tensor.data_ptr(), tensor._version, tensor.dtype, digest)
+        key = id(tensor)
+        known = self._known.get(key)
+        reference = known[0] if known is not None and known[0]() is tensor else weakref.ref(tensor, lambda gone: self._forget(key, gone))
+        self._known[key] = (reference, tensor.data_ptr(), tensor._version, tensor.dtype, digest)
+
+    def _forget(self, key: int, gone: weakref.ref[torch.Tensor]) -> None:
+        known = self._known.get(key)
+        if known is not None and known[0] is gone:
+            del self._known[key]
 
     def _lookup(self, tensor: torch.Tensor) -> bytes | None:
-        known: tuple[int, int, torch.dtype, bytes] | None = self._known.get(tensor)  # type: ignore[no-untyped-call]
-        if known is None or known[:3] != (tensor.data_ptr(), tensor._version, tensor.dtype):
+        known = self._known.get(id(tensor))
+        if known is None or known[0]() is not tensor or known[1:4] != (tensor.data_ptr(), tensor._version, tensor.dtype):
             return None
-        return known[3]
+        return known[4]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sterna.codings import CHUNK
 from sterna.expert.changes import Change, Set, Ternary
 from sterna.expert.facts import SourceKind
 
@@ -21,18 +20,15 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of the task vector. `read(start, stop)` gives its flat entries as float32; it may be called from several threads."""
+    """One tensor of the task vector. `read(start, stop, out)` writes its flat entries to the float32 array `out`; several threads may call it."""
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[int, int], F32]
+    read: Callable[[int, int, F32], object]
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
-
-    def chunks(self) -> list[tuple[Piece, int, int]]:
-        return [(self, start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK)]
 
 
 def float32(values: torch.Tensor) -> F32:

@@ -27,7 +27,7 @@ PADDING = 16
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The parts of one stream (or of many, concatenated) that decode alone: a column of int64 for each fact, a row a block."""
+    """The parts of one stream (or of many, concatenated) that decode alone: a column of int64 for each fact, a row a block that holds non-zeros."""
 
     start: I64  # first entry, counted in the tensor
     size: I64  # entries

@@ -22,11 +22,12 @@ from numba import njit
 
 from sterna.codings import CHUNK, U8, U32, Blocks, Coding, register
 from sterna.errors import InvalidFile
-from sterna.numbers.machine import load64, trailing_zeros
+from sterna.numbers.machine import load64, population, trailing_zeros
 
 FULL = 255  # parameter of a block without zeros: no positions are stored, signs only
 _MAX_PARAMETER = 2 * 20 + 1  # b <= 20: a block is no longer than a chunk
 _U = np.uint64
+_WINDOW = _U((1 << 56) - 1)  # quotient bits that one load gives wherever they begin
 
 
 @njit(nogil=True, cache=True, boundscheck=False, inline="always")
@@ -60,43 +61,28 @@ def _cost(gaps, n, parameter):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
+def _cheapest(gaps, n, parameter):
+    """Walk from `parameter` by steps of 2 (b by one) while the cost falls; returns (parameter, bits)."""
+    best = _cost(gaps, n, parameter)
+    for step in (2, -2):
+        while 0 <= parameter + step <= _MAX_PARAMETER:
+            cost = _cost(gaps, n, parameter + step)
+            if cost >= best:
+                break
+            best = cost
+            parameter += step
+    return parameter, best
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
 def _best_parameter(gaps, n, zeros):
-    """The cheapest parameter near M = ln 2 * mean gap, walking while the cost falls."""
-    wanted = 0.6931 * zeros / n
-    rank = 0  # M = 1, 2, 3, 4, 6, 8, 12, ...: rank r >= 1 has b = (r - 1) // 2 + 1 or tripled b = r // 2 - 1
-    while rank < 2 * 19 and _divisor(rank + 1) <= wanted:
-        rank += 1
-    best = _cost(gaps, n, _parameter_of(rank))
-    step = 1
-    if rank < 2 * 19:
-        other = _cost(gaps, n, _parameter_of(rank + 1))
-        if other < best:
-            rank += 1
-            best = other
-        else:
-            step = -1
-    while 0 <= rank + step <= 2 * 19:
-        other = _cost(gaps, n, _parameter_of(rank + step))
-        if other >= best:
-            break
-        best = other
-        rank += step
-    return _parameter_of(rank), best
-
-
-@njit(nogil=True, cache=True, boundscheck=False, inline="always")
-def _parameter_of(rank):
-    if rank == 0:
-        return 0
-    if rank & 1:
-        return 2 * ((rank + 1) >> 1)
-    return 2 * ((rank >> 1) - 1) + 1
-
-
-@njit(nogil=True, cache=True, boundscheck=False, inline="always")
-def _divisor(rank):
-    parameter = _parameter_of(rank)
-    return (3 if parameter & 1 else 1) << (parameter >> 1)
+    """The cheapest parameter near M = ln 2 * mean gap; M = 3 * 2^b only where it saves a hundredth, for it decodes more slowly."""
+    b = 0
+    while b < 20 and (2 << b) <= 0.6931 * zeros / n:
+        b += 1
+    power, bits = _cheapest(gaps, n, 2 * b)
+    tripled, fewer = _cheapest(gaps, n, max(power - 2, 0) + 1)
+    return tripled if fewer + fewer // 100 < bits else power
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
@@ -116,7 +102,7 @@ def _encode_block(codes, first, n, origin, size, gaps, out, at):
         position = codes[first + i] >> np.uint32(1)
         gaps[i] = position - expected
         expected = position + np.uint32(1)
-    parameter, _ = _best_parameter(gaps, n, size - n)
+    parameter = _best_parameter(gaps, n, size - n)
     b = np.uint32(parameter >> 1)
     mask = (np.uint32(1) << b) - np.uint32(1)
     if b:
@@ -199,7 +185,7 @@ def _get_varint(data, at, stop):
 def _read_index(data, at, stop, entries, columns):
     """Walk the records of a stream and fill the int64 columns (start, size, count, offset, length, parameter) as far as there are any.
 
-    Returns the number of blocks, -1 for an index that breaks a rule of the format.
+    Returns the number of blocks that hold non-zeros, -1 for an index that breaks a rule of the format.
     """
     rows = 0
     for chunk in range(0, entries, CHUNK):
@@ -217,20 +203,19 @@ def _read_index(data, at, stop, entries, columns):
             count, at = _get_varint(data, at, stop)
             if at < 0 or count > size:
                 return -1
-            length = 0
-            parameter = 0
-            if count:
-                if at >= stop:
+            if count == 0:
+                continue
+            if at >= stop:
+                return -1
+            parameter = int(data[at])
+            length, at = _get_varint(data, at + 1, stop)
+            if at < 0 or length > stop:
+                return -1
+            if parameter == FULL:
+                if count != size or length != (count + 7) >> 3:
                     return -1
-                parameter = int(data[at])
-                length, at = _get_varint(data, at + 1, stop)
-                if at < 0 or length > stop:
-                    return -1
-                if parameter == FULL:
-                    if count != size or length != (count + 7) >> 3:
-                        return -1
-                elif parameter > _MAX_PARAMETER or count * (2 + (parameter >> 1) + (parameter & 1)) > 8 * length:
-                    return -1
+            elif parameter > _MAX_PARAMETER or count * (2 + (parameter >> 1) + (parameter & 1)) > 8 * length:
+                return -1
             if rows < columns.shape[1]:
                 columns[0, rows] = start
                 columns[1, rows] = size
@@ -248,64 +233,89 @@ def _read_index(data, at, stop, entries, columns):
     return rows if at == stop else -1
 
 
+@njit(nogil=True, cache=True, boundscheck=False, inline="always")
+def _bits(data, at):
+    """The 57 bits and more of `data` from bit `at` on, the first lowest."""
+    return load64(data, at >> _U(3)) >> (at & _U(7))
+
+
 @njit(nogil=True, cache=True, boundscheck=False)
-def _decode_block(data, offset, length, n, parameter, size, codes, out):
-    """Codes of one block at codes[out:out+n]; False where the block's bits end early or a position leaves the block."""
-    start = _U(offset) << _U(3)
-    end = start + (_U(length) << _U(3))
-    total = _U(n)
-    out = _U(out)
-    i = _U(0)
-    if parameter == FULL:
-        while i < total:
-            at = start + i
-            codes[out + i] = np.uint32(i << _U(1) | (load64(data, at >> _U(3)) >> (at & _U(7))) & _U(1))
-            i += _U(1)
-        return True
-    b = _U(parameter >> 1)
-    tripled = _U(parameter & 1)
+def _decode_full(data, start, n, codes, out):
+    """Codes of a block without zeros: signs alone."""
+    for i in range(n):
+        codes[out + i] = np.uint32(i << _U(1) | _bits(data, start + i) & _U(1))
+    return True
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _decode_power(data, start, end, n, b, size, codes, out):
+    """Codes of a block with M = 2^b at codes[out:out+n]; False where its planes do not end in its last byte or a position leaves the block."""
     mask = (_U(1) << b) - _U(1)
-    low_at = start + total
-    third_at = low_at + total * b
-    which_at = third_at + total * tripled
-    at = which_at
-    if tripled:
-        thirds = _U(0)
-        for k in range(total):
-            bit = third_at + _U(k)
-            thirds += (load64(data, bit >> _U(3)) >> (bit & _U(7))) & _U(1)
-        at += thirds
-    window = (_U(1) << _U(56)) - _U(1)
-    base = _U(0)  # quotient bits before this window
-    gaps = _U(0)  # sum of the low parts and digits so far, and of the non-zeros themselves
+    low_at = start + n
+    quotient_at = at = low_at + n * b
+    bit = _U(0)
+    word = _U(0)  # quotient bits loaded and not yet used
+    base = _U(0) - _U(56)  # number of the word's lowest bit
+    gaps = _U(0)  # sum of the low parts so far, and of the non-zeros themselves
     position = _U(0)
-    while i < total:
-        if at >= end:
-            return False
-        word = (load64(data, at >> _U(3)) >> (at & _U(7))) & window
-        while word != _U(0):
+    together = _U(8) if b <= _U(7) else _U(1)  # non-zeros whose low parts fit one load
+    i = _U(0)
+    while i < n:
+        lows = _bits(data, low_at)
+        signs = _bits(data, start + i)
+        many = min(together, n - i)
+        low_at += many * b
+        for _ in range(many):
+            while word == _U(0):
+                if at >= end:
+                    return False
+                word = _bits(data, at) & _WINDOW
+                base += _U(56)
+                at += _U(56)
             bit = base + trailing_zeros(word)
             word &= word - _U(1)
-            gaps += (load64(data, low_at >> _U(3)) >> (low_at & _U(7))) & mask
-            low_at += b
-            quotients = bit - i
-            if tripled:
-                digit_at = third_at + i
-                digit = (load64(data, digit_at >> _U(3)) >> (digit_at & _U(7))) & _U(1)
-                which = (load64(data, which_at >> _U(3)) >> (which_at & _U(7))) & digit
-                which_at += digit
-                gaps += (digit + which) << b
-                quotients *= _U(3)
-            sign_at = start + i
-            sign = (load64(data, sign_at >> _U(3)) >> (sign_at & _U(7))) & _U(1)
-            position = (quotients << b) + gaps + i
-            codes[out + i] = np.uint32(position << _U(1) | sign)
+            gaps += lows & mask
+            lows >>= b
+            position = ((bit - i) << b) + gaps + i
+            codes[out + i] = np.uint32(position << _U(1) | signs & _U(1))
+            signs >>= _U(1)
             i += _U(1)
-            if i == total:
-                break
+    return end - quotient_at - bit - _U(1) < _U(8) and position < size  # a last bit beyond the end wraps to a large number
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _decode_tripled(data, start, end, n, b, size, codes, out):
+    """The same for M = 3 * 2^b."""
+    mask = (_U(1) << b) - _U(1)
+    low_at = start + n
+    third_at = low_at + n * b
+    which_at = third_at + n
+    at = which_at
+    for i in range(_U(0), n, _U(56)):
+        at += population(_bits(data, third_at + i) & ((_U(1) << min(_U(56), n - i)) - _U(1)))
+    quotient_at = at
+    bit = _U(0)
+    base = _U(0)
+    gaps = _U(0)
+    position = _U(0)
+    i = _U(0)
+    while i < n:
+        if at >= end:
+            return False
+        word = _bits(data, at) & _WINDOW
+        for _ in range(min(population(word), n - i)):
+            bit = base + trailing_zeros(word)
+            word &= word - _U(1)
+            third = _bits(data, third_at + i) & _U(1)
+            gaps += (_bits(data, low_at) & mask) + ((third + (_bits(data, which_at) & third)) << b)
+            low_at += b
+            which_at += third
+            position = (_U(3) * (bit - i) << b) + gaps + i
+            codes[out + i] = np.uint32(position << _U(1) | _bits(data, start + i) & _U(1))
+            i += _U(1)
         base += _U(56)
         at += _U(56)
-    return position < _U(size)
+    return end - quotient_at - bit - _U(1) < _U(8) and position < size
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
@@ -315,15 +325,24 @@ def _decode_blocks(data, size, count, offset, length, parameter, codes):
     for k in range(count.size):
         n = count[k]
         if n:
-            if not _decode_block(data, offset[k], length[k], n, parameter[k], size[k], codes, out):
+            start = _U(offset[k]) << _U(3)
+            end = start + (_U(length[k]) << _U(3))
+            half = _U(parameter[k] >> 1)
+            if parameter[k] == FULL:
+                good = _decode_full(data, start, _U(n), codes, _U(out))
+            elif parameter[k] & 1:
+                good = _decode_tripled(data, start, end, _U(n), half, _U(size[k]), codes, _U(out))
+            else:
+                good = _decode_power(data, start, end, _U(n), half, _U(size[k]), codes, _U(out))
+            if not good:
                 return k
             out += n
     return -1
 
 
 def _block_log2(nonzeros: int, entries: int) -> int:
-    """The smallest block that holds about a thousand non-zeros: its index record then costs less than a percent of it."""
-    wanted = 1024 * entries / max(nonzeros, 1)
+    """The smallest block that holds about two thousand non-zeros: its index record then costs less than a percent of it."""
+    wanted = 2048 * entries / max(nonzeros, 1)
     return min(max(math.ceil(math.log2(max(wanted, 1))), 12), 20)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sterna.demo.needs import needed, quiet
-from sterna.errors import InvalidFile, NotFound
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+from sterna.errors import InvalidFile, SternaError
+from sterna.sources.checkpoint import resolve
 
 
 def model_folder(model: str) -> Path:
@@ -21,11 +20,9 @@ def model_folder(model: str) -> Path:
 
     Raises:
         NotFound: neither a folder nor a hub id that can be reached.
-        InvalidFile: a folder without config.json or without safetensors weights.
+        InvalidFile: not a folder, or one without config.json or without safetensors weights.
     """
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        folder = _from_hub(model)
+    folder = resolve(Path(model).expanduser() if model.startswith("~") else model)
     if not (folder / "config.json").is_file():
         raise InvalidFile(f"{model} has no config.json: give the folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):
@@ -33,15 +30,10 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def _from_hub(model: str) -> Path:
-    if not HUB_ID.fullmatch(model):
-        raise NotFound(f"there is no model folder {model}")
-    hub = needed("huggingface_hub")
-    try:
-        return Path(hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:  # the hub's client raises a dozen unrelated kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotFound(f"{model} is neither a folder nor a model that the hub gives ({reason})") from error
+def first_line(error: Exception) -> str:
+    """What a library said, short enough for one line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def model_digest(folder: Path) -> str:
@@ -53,12 +45,32 @@ def model_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
+@contextlib.contextmanager
+def loading(folder: Path, what: str) -> Iterator[None]:
+    """Quiet, and one error of ours for the many that transformers raises for a folder that it cannot read."""
+    try:
+        with quiet():
+            yield
+    except SternaError:
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        raise InvalidFile(f"{folder.name} does not load as {what}: {first_line(error)}") from error
+
+
 def load_tokenizer(folder: Path) -> Any:
-    with quiet():
+    with loading(folder, "a tokenizer"):
         tokenizer = needed("transformers").AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def length_limit(folder: Path, tokenizer: Any, wanted: int) -> int:
+    """`wanted` tokens, or fewer where the tokenizer or the model's positions end before."""
+    with loading(folder, "a model configuration"):
+        config = needed("transformers").AutoConfig.from_pretrained(folder)
+    positions = getattr(config, "max_position_embeddings", None) or wanted
+    return min(wanted, int(tokenizer.model_max_length), int(positions))
 
 
 def load_classifier(folder: Path, classes: Sequence[str] | None, tokenizer: Any) -> torch.nn.Module:
@@ -66,17 +78,12 @@ def load_classifier(folder: Path, classes: Sequence[str] | None, tokenizer: Any)
 
     With `classes`, its head has one row for each and is new unless the folder's fits; without, the head is the folder's own.
     """
-    transformers = needed("transformers")
     labels: dict[str, Any] = {}
     if classes is not None:
         labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}, "num_labels": len(classes)}
-    with quiet():
-        try:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
-            )
-        except (ValueError, KeyError, OSError) as error:
-            raise InvalidFile(f"{folder.name} does not load as a sequence classifier: {str(error).strip().splitlines()[0]}") from error
+    with loading(folder, "a sequence classifier"):
+        auto = needed("transformers").AutoModelForSequenceClassification
+        model = auto.from_pretrained(folder, dtype=torch.float32, ignore_mismatched_sizes=True, **labels)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     result: torch.nn.Module = model.eval()

@@ -68,13 +68,14 @@ def checked(options: DemoOptions) -> DemoOptions:
             options,
             densities=(options.control_density,),
             train_rows=min(options.train_rows, 800),
-            lora_rows=min(options.lora_rows, 400),
-            validation_rows=min(options.validation_rows, 200),
-            test_rows=min(options.test_rows, 400),
+            lora_rows=min(options.lora_rows, 480),
+            validation_rows=min(options.validation_rows, 128),
+            test_rows=min(options.test_rows, 300),
             epochs=1,
-            learning_rate=4 * options.learning_rate,  # few steps have to be long ones
+            learning_rate=3 * options.learning_rate,  # few steps have to be long ones
+            lora_learning_rate=3 * options.lora_learning_rate,
             repeats=min(options.repeats, 5),
-            latency_pairs=min(options.latency_pairs, 6),
+            latency_pairs=min(options.latency_pairs, 4),
         )
     for name, values in (("densities", options.densities), ("alphas", options.alphas)):
         if not values:

@@ -14,7 +14,7 @@ from sterna.demo.intervals import Estimate
 from sterna.demo.timing import Latency, Steps
 
 COLUMNS = ("", "density", "scale", "bytes on disk", "to 16 bit", "bits/param", "entropy", "accuracy, %", "to uncompressed")
-WIDTH = 140
+WIDTH = 150
 """Characters that the table takes with intervals beside their values."""
 
 

@@ -16,8 +16,8 @@ import torch
 import sterna
 from sterna.demo.assets import asset_path, cache_folder
 from sterna.demo.data import Split, Task, newsgroups, split_rows, tweets
-from sterna.demo.evaluation import counter, evaluate, tokenized
-from sterna.demo.models import load_classifier, load_tokenizer, model_folder
+from sterna.demo.evaluation import counter, evaluate, longest, tokenized
+from sterna.demo.models import length_limit, load_classifier, load_tokenizer, model_folder
 from sterna.demo.needs import check_needs, needed
 from sterna.demo.options import DemoOptions, checked
 from sterna.demo.report import DemoResult, LiveResult, TaskResult
@@ -49,12 +49,13 @@ def run_demo(options: DemoOptions | None = None, progress: Progress = silent) ->
     except OSError as error:
         raise CannotWrite(f"cannot write experts to {folder}: {error.strerror or error}; choose another output folder") from error
     clock, tokenizer = Clock(), load_tokenizer(base)
+    options = replace(options, max_length=length_limit(base, tokenizer, options.max_length))
     studies = [_study(task, recipe, base, tokenizer, cache, clock, progress) for task, recipe in zip(tasks, recipes_of(options), strict=True)]
     live = load_classifier(base, None, tokenizer)
     with clock("evaluation"):
         found = [findings(study, live, options, folder, progress) for study in studies]
     with clock("live"):
-        on_one_model = _live(live, studies, found, options, progress)
+        on_one_model = _live(load_classifier(base, None, tokenizer), studies, found, options, progress)
     return DemoResult(
         tasks=tuple(_task_result(*parts) for parts in zip(tasks, recipes_of(options), studies, found, strict=True)),
         live=on_one_model,
@@ -109,19 +110,19 @@ def _study(task: Task, recipe: Recipe, base: Path, tokenizer: Any, cache: Path, 
 
 
 def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], options: DemoOptions, progress: Progress) -> LiveResult:
-    """Both experts on one model: attach, evaluate, swap, evaluate, detach, compare every tensor with the base; then the times."""
+    """Both experts on one freshly loaded model: times; attach, evaluate, swap, evaluate, detach; at the end every tensor against the base."""
     before = {name: value.clone() for name, value in live.state_dict().items()}
     first, second = (sterna.load(part.expert) for part in found)
-    scores = []
-    patch = sterna.attach(live, first)
-    scores.append(evaluate(live, studies[0].test, counter(progress, f"live: {studies[0].name}", len(studies[0].test), "texts")))
-    patch.swap(second)
-    scores.append(evaluate(live, studies[1].test, counter(progress, f"live: {studies[1].name}", len(studies[1].test), "texts")))
-    patch.detach()
     steps = live_steps(live, first, second, options.repeats, counter(progress, "timing attach, swap, detach", options.repeats + 1, "rounds"))
-    speed = latency(
-        live, first, options.batch, options.max_length, options.latency_pairs, counter(progress, "timing inference", options.latency_pairs, "pairs")
-    )
+    count = counter(progress, "timing inference", options.latency_pairs, "pairs")
+    speed = latency(live, first, longest(studies[0].test, options.batch), options.latency_pairs, count)
+    patch, scores = sterna.attach(live, first), []
+    for study in studies:
+        if study is not studies[0]:
+            patch.swap(second)
+        with patch.reading():
+            scores.append(evaluate(live, study.test, counter(progress, f"live: {study.name}", len(study.test), "texts")))
+    patch.detach()
     after = live.state_dict()
     restored = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     return LiveResult((studies[0].name, studies[1].name), (scores[0].accuracy, scores[1].accuracy), steps, speed, restored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,32 +51,32 @@ def live_steps(model: torch.nn.Module, expert: sterna.Expert, other: sterna.Expe
     return Steps(attach[0], *(statistics.median(times[skipped:]) for times, skipped in ((attach, 1), (swap, 2), (detach, 1))))
 
 
-def latency(model: torch.nn.Module, expert: sterna.Expert, batch: int, length: int, pairs: int, step: Callable[[int], None]) -> Latency:
-    """Time forward passes of [batch, length] random ids, bare and attached in turn on one model, changing which of the two comes first.
+def latency(model: torch.nn.Module, expert: sterna.Expert, inputs: Mapping[str, torch.Tensor], pairs: int, step: Callable[[int], None]) -> Latency:
+    """Time forward passes of one batch, bare and attached in turn on one model, changing which of the two comes first.
 
     Writing weights leaves the caches in another state than running them does, so a pass that is not timed precedes the timed ones.
     """
-    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (batch, length), generator=torch.Generator().manual_seed(0))  # type: ignore[operator]
-    ids = ids.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in inputs.items()}
     bare, attached = [], []
     with torch.inference_mode():
         for pair in range(pairs):
             for on in (False, True) if pair % 2 == 0 else (True, False):
                 if on:
                     with sterna.attached(model, expert):
-                        attached.append(_forward(model, ids))
+                        attached.append(_forward(model, batch))
                 else:
-                    bare.append(_forward(model, ids))
+                    bare.append(_forward(model, batch))
             step(1)
-    return Latency(statistics.median(bare), paired_ratio(attached, bare), batch, length)
+    return Latency(statistics.median(bare), paired_ratio(attached, bare), *batch["input_ids"].shape)
 
 
-def _forward(model: torch.nn.Module, ids: torch.Tensor) -> float:
+def _forward(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
     """The faster of two timed passes after one that is not timed, in milliseconds."""
     times = []
     for _ in range(3):
         started = _now()
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(**batch)
         times.append(_now() - started)
     return min(times[1:])
 

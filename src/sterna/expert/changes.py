@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sterna.codings import I64, U8, Blocks, Coding
+from sterna.codings import CHUNK, I64, U8, Blocks, Coding
 
 if TYPE_CHECKING:
     import torch
@@ -50,17 +51,29 @@ class Ternary:
     def stream(self) -> U8:
         return self.data[self.start : self.stop]
 
+    def batches(self) -> Iterator[I64]:
+        """The codes, int64: flat index << 1 | negative, ascending, at most 2 * CHUNK at a time. Raises InvalidFile where the stream is damaged."""
+        ends = np.cumsum(self.blocks.count)
+        codes = np.empty(min(self.count, 2 * CHUNK), np.uint32)  # any one block fits
+        first = done = 0
+        while first < len(self.blocks):
+            last = int(np.searchsorted(ends, done + codes.size, side="right"))
+            count = int(ends[last - 1]) - done
+            self.coding.decode(self.data, self.blocks, first, last, codes)
+            flat: I64 = codes[:count].astype(np.int64)
+            flat += np.repeat(self.blocks.start[first:last] << 1, self.blocks.count[first:last])
+            yield flat
+            first, done = last, done + count
+
     def codes(self) -> I64:
         """int64[count]: flat index << 1 | negative, ascending. Raises InvalidFile where the stream is damaged."""
-        codes = np.empty(self.count, np.uint32)
-        self.coding.decode(self.data, self.blocks, 0, len(self.blocks), codes)
-        return codes.astype(np.int64) + np.repeat(self.blocks.start << 1, self.blocks.count)
+        return np.concatenate([np.empty(0, np.int64), *self.batches()])
 
     def levels(self) -> NDArray[np.int8]:
-        """int8 array of the tensor's shape, -1, 0 and +1."""
-        codes = self.codes()
+        """int8 array of the tensor's shape, -1, 0 and +1. Raises InvalidFile where the stream is damaged."""
         dense = np.zeros(self.size, np.int8)
-        dense[codes >> 1] = 1 - 2 * (codes & 1)
+        for codes in self.batches():
+            dense[codes >> 1] = 1 - 2 * (codes & 1)
         return dense.reshape(self.shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from sterna.sources.checkpoint import Source
 
 DENSE_LIMIT = 8 << 30
-"""Bytes that `task_vector` makes at most when no base says how large the tensors are."""
+DENSE_FREE = 256 << 20
+DENSE_RATIO = 4096
+"""Bytes that `task_vector` makes without a base: no more than the file says of its base, nor DENSE_LIMIT, and beyond DENSE_FREE no more than
+DENSE_RATIO for each coded byte (float32 at density .001 takes some 2,800). So a small hostile file cannot ask for much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +83,9 @@ class Expert:
                     sha.update(exact_bytes(change.value))
             for ternary in change.ternaries:
                 _add_shape(sha, ternary.shape)
-                sha.update(struct.pack("<f", ternary.scale))
-                sha.update(memoryview(ternary.codes()).cast("B"))
+                sha.update(struct.pack("<fQ", ternary.scale, ternary.count))
+                for codes in ternary.batches():
+                    sha.update(codes)
         return sha.hexdigest()
 
     @property
@@ -90,29 +95,34 @@ class Expert:
             yield from change.ternaries
 
     def check(self) -> None:
-        """Decode every stream once; InvalidFile where one is damaged."""
+        """Decode every stream once, a few blocks at a time; InvalidFile where one is damaged."""
         for ternary in self.ternaries:
-            ternary.codes()
+            for _ in ternary.batches():
+                pass
 
     def task_vector(self, base: Source | None = None, *, max_bytes: int | None = None) -> dict[str, torch.Tensor]:
         """The dense float32 task vector by base name: what attaching adds to each tensor, before rounding to the live dtype.
 
         `Set` and `Multiply` changes are differences to the base, so they need `base` (a path, state dict or module); without it an expert that has
         them raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase).
-        `max_bytes` limits what is allocated: by default the base's size in float32, or DENSE_LIMIT without a base.
+        `max_bytes` limits what is allocated: by default the base's size in float32; without a base see DENSE_LIMIT.
         """
         tensors = self._base_tensors(base) if base is not None else None
-        limit = max_bytes if max_bytes is not None else DENSE_LIMIT if tensors is None else sum(4 * t.numel() for t in tensors.values())
-        wanted = sum(4 * _dense_entries(change) for change in self.changes)
-        if wanted > limit:
-            raise InvalidArgument(f"the dense task vector takes {wanted:,} bytes, more than the {limit:,} allowed; give its base, or max_bytes")
+        limit = max_bytes if max_bytes is not None else self._dense_limit() if tensors is None else sum(4 * t.numel() for t in tensors.values())
+        wanted = sum(4 * math.prod(_dense_shape(change)) for change in self.changes if isinstance(change, Add | Factors))
+        factors = max((4 * (change.A.size + change.B.size) for change in self.changes if isinstance(change, Factors)), default=0)
+        if wanted > limit or factors > max(limit, DENSE_FREE):
+            takes = max(wanted, factors)
+            raise InvalidArgument(f"the dense task vector takes {takes:,} bytes, more than the {limit:,} allowed; give its base, or max_bytes")
+        for change in self.changes:
+            _refuse_shape(change, tensors)
         dense: dict[str, torch.Tensor] = {}
         for change in self.changes:
             match change:
                 case Add():
                     dense[change.name] = torch.from_numpy(change.levels.levels().astype(np.float32)) * change.levels.scale
                 case Factors():
-                    dense[change.name] = factor_product(change)
+                    dense[change.name] = factor_product(change).reshape(_dense_shape(change) if tensors is None else tensors[change.name].shape)
                 case Multiply():
                     for name in (change.name, change.bias) if change.bias else (change.name,):
                         old = _needed(tensors, name).float()
@@ -122,10 +132,11 @@ class Expert:
                         dense[change.name] = change.value.float() - _needed(tensors, change.name).float()
                 case Set():
                     continue  # heads, gained rows and untied copies have no counterpart in the base
-        for name, delta in dense.items():
-            if tensors is not None and name in tensors and tensors[name].shape != delta.shape:
-                raise WrongBase(f"the expert changes {name} with shape {tuple(delta.shape)}; the base has {tuple(tensors[name].shape)}")
         return dense
+
+    def _dense_limit(self) -> int:
+        coded = sum(ternary.stop - ternary.start for ternary in self.ternaries)
+        return min(4 * self.facts.base.parameters, DENSE_LIMIT, max(DENSE_FREE, DENSE_RATIO * coded))
 
     def _base_tensors(self, base: Source) -> Mapping[str, torch.Tensor]:
         from sterna.sources.checkpoint import open_checkpoint
@@ -176,16 +187,33 @@ def exact_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def _dense_entries(change: Change) -> int:
+def _dense_shape(change: Add | Factors) -> tuple[int, ...]:
+    if isinstance(change, Add):
+        return change.levels.shape
+    out, inner = change.B.shape[0], change.A.shape[1:]
+    return (math.prod(inner), out) if change.transposed else (out, *inner)
+
+
+def _refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) -> None:
+    """Raise WrongBase where a change does not fit the base's tensor, before anything is made."""
+    if tensors is None or (isinstance(change, Set) and (change.role not in ("buffer", "saved") or change.name not in tensors)):
+        return
+    there = tuple(_needed(tensors, change.name).shape)
     match change:
-        case Factors():
-            return change.B.shape[0] * (change.A.size // max(change.A.shape[0], 1))
-        case Set():
-            return 0
         case Multiply():
-            return 0  # as large as the base tensor that it is made from
-        case Add():
-            return change.levels.size
+            for name in (change.name, change.bias) if change.bias else (change.name,):
+                shape = tuple(_needed(tensors, name).shape)
+                axis = change.axis if len(shape) > 1 else 0
+                if axis >= len(shape) or shape[axis] != change.vector.size:
+                    raise WrongBase(f"the expert scales {name} by {change.vector.size} numbers along axis {axis}; the base has {shape}")
+            return
+        case Set():
+            wanted = tuple(change.value.shape)
+        case _:
+            wanted = _dense_shape(change)
+    unfolded = isinstance(change, Factors) and not change.transposed and there[:1] == wanted[:1] and math.prod(there) == math.prod(wanted)
+    if there != wanted and not unfolded:
+        raise WrongBase(f"the expert changes {change.name} with shape {wanted}; the base has {there}")
 
 
 def _needed(tensors: Mapping[str, torch.Tensor] | None, name: str) -> torch.Tensor:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from sterna.codings import PADDING, U8
-from sterna.errors import InvalidFile
+from sterna.errors import InvalidArgument, InvalidFile, Unsupported
 from sterna.expert.changes import Set
 from sterna.expert.container import CHECKSUM, ITEM_BYTES, Container, Part, parse, pieces, read
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import from_json, to_json
-from sterna.expert.table import read_table, write_table
+from sterna.expert.table import MAX_DIMENSIONS, read_table, write_table
 from sterna.writing import whole_file
 
 TABLE = "sterna.table"
@@ -35,8 +35,15 @@ def save(expert: Expert, path: str | os.PathLike[str]) -> None:
 
 
 def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
-    """The file's bytes: exact tensors (widest dtype first, so that each is aligned), table, streams, checksum."""
+    """The file's bytes: exact tensors (widest dtype first, so that each is aligned), table, streams, checksum.
+
+    Raises Unsupported or InvalidArgument for what the format cannot hold, before the first piece.
+    """
     exact = [change for change in expert.changes if isinstance(change, Set)]
+    for change in exact:
+        _refuse_unwritable(change)
+    if expert.facts.scope == "global" and any(np.float32(ternary.scale) != np.float32(expert.facts.scale) for ternary in expert.ternaries):
+        raise InvalidArgument(f"an expert of scope 'global' has the scale {expert.facts.scale} in every tensor; scope 'tensor' lets them differ")
     exact.sort(key=lambda change: (-change.value.element_size(), change.name))
     table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
     streams = [ternary.stream for ternary in expert.ternaries]
@@ -44,6 +51,13 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
     parts.append((TABLE, "U8", (len(table),), lambda: iter([table])))
     parts.append((STREAMS, "U8", (sum(s.size for s in streams),), lambda: (memoryview(s) for s in streams)))
     return pieces(to_json(expert.facts), parts)
+
+
+def _refuse_unwritable(change: Set) -> None:
+    if change.value.dtype not in CODES:
+        raise Unsupported(f"{change.name} is {change.value.dtype}, which an expert cannot keep exactly; expected a plain float, integer or bool")
+    if change.name in (TABLE, STREAMS, CHECKSUM, "__metadata__") or change.value.dim() > MAX_DIMENSIONS:
+        raise InvalidArgument(f"an exact tensor cannot be named {change.name!r}, or have more than {MAX_DIMENSIONS} dimensions")
 
 
 def load(path: str | os.PathLike[str]) -> Expert:
@@ -77,14 +91,14 @@ def from_container(container: Container) -> Expert:
         return _tensor(container, name)
 
     table, streams = (container.entries.get(name) for name in (TABLE, STREAMS))
-    if table is None or streams is None or (table.dtype, streams.dtype) != ("U8", "U8"):
+    if table is None or streams is None or any((entry.dtype, len(entry.shape)) != ("U8", 1) for entry in (table, streams)):
         raise InvalidFile(f"the file lacks the U8 tensors {TABLE!r} and {STREAMS!r}")
-    scale = facts.scale if facts.scope == "global" else None
+    scale = float(np.float32(facts.scale)) if facts.scope == "global" else None
     digest = bytes.fromhex(facts.base.fingerprint)
     table_bytes = container.data[table.start : table.stop].tobytes()
     fingerprint, changes = read_table(table_bytes, digest, container.data, streams.start, streams.stop, scale, exact)
     if unread:
-        raise InvalidFile(f"the file has tensors that its table does not tell of: {', '.join(sorted(unread)[:4])}")
+        raise InvalidFile(f"the file has tensors that its table does not tell of: {', '.join(repr(name[:80]) for name in sorted(unread)[:4])}")
     return Expert(facts, fingerprint, changes, container.digest.hex(), container.data.size - PADDING)
 
 
@@ -94,6 +108,8 @@ def _tensor(container: Container, name: str) -> torch.Tensor:
     if entry.start == entry.stop:
         return torch.empty(entry.shape, dtype=dtype)
     raw: U8 = container.data[entry.start : entry.stop]
+    if entry.dtype == "BOOL" and raw.max() > 1:
+        raise InvalidFile(f"the exact tensor {name!r} holds booleans that are neither 0 nor 1")
     if entry.start % ITEM_BYTES[entry.dtype]:  # other writers may not align
         raw = raw.copy()
     return torch.from_numpy(raw).view(dtype).reshape(entry.shape)

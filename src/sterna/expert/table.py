@@ -7,31 +7,49 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from sterna.codings import U8, by_number
-from sterna.errors import InvalidFile
+from sterna.errors import InvalidArgument, InvalidFile
 from sterna.expert.changes import Add, Change, Factors, Multiply, Role, Set, Ternary
 from sterna.fingerprint import SHORT, Fingerprint
 
-MAX_NAMES = 1 << 20
+MAX_NAMES = 1 << 18
+"""Names, distinct parts of names, shapes, and rows, at most so many of each."""
 MAX_NAME = 1024
+MAX_NAME_PARTS = 64
+MAX_NAMES_TEXT = 1 << 26
+"""Bytes of a name, its dotted parts, and bytes of all the base's names, at most: shared parts make names longer than their table."""
 MAX_DIMENSIONS = 8
 MAX_ENTRIES = 1 << 48
 _ROLES: tuple[Role, ...] = ("head", "buffer", "rows", "untied", "saved")
 _ADD, _FACTORS, _MULTIPLY, _SET = range(4)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def name_fault(name: str) -> str | None:
+    """Why a text cannot be the name of a tensor or module, or None. Nothing that reads as a path: names end up in terminals and file names."""
+    if len(name.encode(errors="replace")) > MAX_NAME or name.count(".") >= MAX_NAME_PARTS:
+        return f"is longer than {MAX_NAME} bytes or {MAX_NAME_PARTS} parts"
+    if not name or not name.isprintable():
+        return "is not printable text"
+    if "\\" in name or name[0] == "/" or ".." in name.split("/"):
+        return "is a path"
+    return None
 
 
 # Writing
 
 
 def write_table(fingerprint: Fingerprint, changes: Iterable[Change], scaled: bool) -> bytes:
-    """The table's bytes. `scaled` says that every ternary tensor has a scale of its own."""
+    """The table's bytes. `scaled` says that every ternary tensor has a scale of its own. Raises InvalidArgument for what no reader takes."""
     changes = tuple(changes)
+    _refuse_unreadable(fingerprint, changes)
     out = bytearray()
     _put_names(out, fingerprint.names)
     out += fingerprint.shorts.tobytes()
@@ -44,6 +62,22 @@ def write_table(fingerprint: Fingerprint, changes: Iterable[Change], scaled: boo
     for change in changes:
         _put_row(out, change, numbers, {shape: i for i, shape in enumerate(shapes)}, scaled)
     return bytes(out)
+
+
+def _refuse_unreadable(fingerprint: Fingerprint, changes: tuple[Change, ...]) -> None:
+    keys = [change.key for change in changes if isinstance(change, Factors | Multiply)]
+    for name in (*fingerprint.names, *(change.name for change in changes), *_biases(changes), *keys):
+        if fault := name_fault(name):
+            raise InvalidArgument(f"the name {name[:80]!r} {fault}, which an expert cannot hold")
+    if max(len(fingerprint.names), len(changes)) > MAX_NAMES or sum(map(len, fingerprint.names)) > MAX_NAMES_TEXT:
+        raise InvalidArgument(f"the base has {len(fingerprint.names)} tensors, the expert {len(changes)} changes; at most {MAX_NAMES} fit")
+    if any(not first < second for first, second in pairwise(fingerprint.names)):
+        raise InvalidArgument("the fingerprint's names are not sorted and distinct")
+    if fault := _rows_fault(changes):
+        raise InvalidArgument(f"the expert's {fault}")
+    for shape in {ternary.shape for change in changes for ternary in change.ternaries}:
+        if len(shape) > MAX_DIMENSIONS or _extent(shape) > MAX_ENTRIES:
+            raise InvalidArgument(f"a tensor has shape {shape}; at most {MAX_DIMENSIONS} dimensions and 2^48 entries fit")
 
 
 def _put(out: bytearray, *values: int) -> None:
@@ -138,8 +172,14 @@ class _Reader:
         except UnicodeDecodeError:
             raise InvalidFile(f"the table's {what} is not UTF-8") from None
         if not text.isprintable():
-            raise InvalidFile(f"the table's {what} {text!r} is not printable")
+            raise InvalidFile(f"the table's {what} {text[:80]!r} is not printable")
         return text
+
+    def name(self, what: str) -> str:
+        name = self.text(what)
+        if fault := name_fault(name):
+            raise InvalidFile(f"the table's {what} {name[:80]!r} {fault}")
+        return name
 
     def floating(self, layout: str, what: str) -> float:
         value: float = struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
@@ -185,19 +225,36 @@ def read_table(
     names = _names(reader)
     shorts = np.frombuffer(reader.take(len(names) * 3 * SHORT), np.uint8).reshape(len(names), 3, SHORT)
     streams = _Streams(data, start, stop, scale)
-    for _ in range(reader.number(reader.left, "number of shapes")):
+    for _ in range(reader.number(min(reader.left, MAX_NAMES), "number of shapes")):
         shape = tuple(reader.number(MAX_ENTRIES, "dimension") for _ in range(reader.number(MAX_DIMENSIONS, "number of dimensions")))
-        if math.prod(shape) > MAX_ENTRIES:
-            raise InvalidFile(f"the table has a shape {shape} of more than {MAX_ENTRIES} entries")
+        if _extent(shape) > MAX_ENTRIES:
+            raise InvalidFile(f"the table has a shape {shape} of more than 2^48 entries")
         streams.shapes.append(shape)
-    changes: list[Change] = []
-    for _ in range(reader.number(reader.left, "number of changes")):
-        changes.append(_row(reader, names, streams, exact))
-        if len(changes) > 1 and not changes[-2].name < changes[-1].name and not _rows_after_add(*changes[-2:]):
-            raise InvalidFile(f"the table's rows are not in order of their names at {changes[-1].name!r}")
+    changes = [_row(reader, names, streams, exact) for _ in range(reader.number(min(reader.left, MAX_NAMES), "number of changes"))]
+    if fault := _rows_fault(changes):
+        raise InvalidFile(f"the table's {fault}")
     if reader.left or streams.at != stop:
         raise InvalidFile(f"{reader.left} bytes of the table and {stop - streams.at} bytes of the streams belong to nothing")
     return Fingerprint(names, digest, shorts), tuple(changes)
+
+
+def _extent(shape: tuple[int, ...]) -> int:
+    """Entries of a shape, had it no empty axis: strides are made of all of them."""
+    return math.prod(max(dimension, 1) for dimension in shape)
+
+
+def _biases(changes: Iterable[Change]) -> list[str]:
+    return [change.bias for change in changes if isinstance(change, Multiply) and change.bias is not None]
+
+
+def _rows_fault(changes: Sequence[Change]) -> str | None:
+    """What breaks the order of the rows, or changes one tensor twice; None where nothing does."""
+    for first, second in pairwise(changes):
+        if not first.name < second.name and not _rows_after_add(first, second):
+            return f"rows are not in order of their names at {second.name!r}"
+    biases = _biases(changes)
+    twice = len(set(biases)) < len(biases) or not {change.name for change in changes}.isdisjoint(biases)
+    return "biases are changed twice" if twice else None
 
 
 def _rows_after_add(first: Change, second: Change) -> bool:
@@ -206,41 +263,51 @@ def _rows_after_add(first: Change, second: Change) -> bool:
 
 
 def _names(reader: _Reader) -> tuple[str, ...]:
-    parts = [reader.text("name part") for _ in range(reader.number(reader.left, "number of name parts"))]
+    parts = [reader.text("name part") for _ in range(reader.number(min(reader.left, MAX_NAMES), "number of name parts"))]
+    if len(set(parts)) < len(parts):
+        raise InvalidFile("the table's name parts are not distinct")
     names: list[str] = []
     before: list[str] = []
+    text = 0
     for _ in range(reader.number(min(reader.left, MAX_NAMES), "number of names")):
-        shared = reader.number(len(before), "shared name parts")
-        now = before[:shared] + [parts[reader.number(len(parts) - 1, "name part")] for _ in range(reader.number(64, "new name parts"))]
-        if len(now) > 64 or sum(map(len, now)) + len(now) > MAX_NAME:
-            raise InvalidFile(f"the table has a name of more than {MAX_NAME} characters")
-        names.append(".".join(now))
-        before = now
-        if len(names) > 1 and not names[-2] < names[-1]:
-            raise InvalidFile(f"the table's names are not sorted at {names[-1]!r}")
+        shared = reader.number(len(before), "number of shared name parts")
+        new = reader.number(MAX_NAME_PARTS, "number of new name parts")
+        before = before[:shared] + [parts[reader.number(len(parts) - 1, "name part")] for _ in range(new)]
+        name = ".".join(before)
+        if fault := name_fault(name):
+            raise InvalidFile(f"the table's name {name[:80]!r} {fault}")
+        if names and not names[-1] < name:
+            raise InvalidFile(f"the table's names are not sorted at {name!r}")
+        names.append(name)
+        text += len(name)
+        if text > MAX_NAMES_TEXT:
+            raise InvalidFile(f"the table's names are longer than {MAX_NAMES_TEXT} characters together")
     return tuple(names)
 
 
 def _row(reader: _Reader, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Change:
     kind = reader.number(3, "kind of change")
     number = reader.number(len(names), "name")
-    name = names[number - 1] if number else reader.text("name")
+    name = names[number - 1] if number else reader.name("name")
     if kind == _ADD:
         return Add(name, streams.ternary(reader))
     if kind == _FACTORS:
         flags = reader.number(3, "flags")
-        key = reader.text("key")
+        key = reader.name("key")
         scaling = reader.floating("<d", "scaling")
         change = Factors(name, key, streams.ternary(reader), streams.ternary(reader), scaling, bool(flags & 1), bool(flags & 2))
-        if len(change.A.shape) < 2 or len(change.B.shape) < 2 or change.A.shape[0] != change.B.shape[1]:
-            raise InvalidFile(f"the factors of {name} have shapes {change.A.shape} and {change.B.shape}; expected [r, in] and [out, r]")
+        A, B = change.A, change.B
+        if len(A.shape) < 2 or len(B.shape) < 2 or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1 or not A.size or not B.size:
+            raise InvalidFile(f"the factors of {name} have shapes {A.shape} and {B.shape}; expected [r, in] and [out, r], none of them empty")
+        if B.shape[0] * (A.size // A.shape[0]) > MAX_ENTRIES or abs(scaling) * A.scale * B.scale > _LARGEST_FLOAT32:
+            raise InvalidFile(f"the product of the factors of {name} has more than 2^48 entries, or values that float32 cannot hold")
         return change
     if kind == _MULTIPLY:
         axis = reader.number(MAX_DIMENSIONS - 1, "axis")
         biased = reader.number(1, "flag")
-        key = reader.text("key")
-        bias = reader.text("bias") if biased else None
+        key = reader.name("key")
+        bias = reader.name("bias") if biased else None
         return Multiply(name, key, streams.ternary(reader), axis, bias)
     role = _ROLES[reader.number(len(_ROLES) - 1, "role")]
-    first_row = reader.number(MAX_ENTRIES, "first row")
+    first_row = reader.number(MAX_ENTRIES if role == "rows" else 0, "first row")
     return Set(name, exact(name), role, first_row)

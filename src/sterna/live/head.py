@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ class Replace:
         for module, attribute, stated in reversed(self._sizes):
             setattr(module, attribute, stated)
         for slot in reversed(self._replaced):
-            _hang(slot.owner, slot.attribute, slot.tensor)
+            if (owner := slot.module()) is not None:
+                _hang(owner, slot.attribute, slot.tensor)
         self._sizes, self._replaced = [], []
 
 
@@ -66,21 +68,22 @@ class Configure:
     """Fields of the live configuration set to the tuned model's, and `num_labels` of the models that copied it."""
 
     def __init__(self, model: torch.nn.Module, fields: Mapping[str, Any]) -> None:
-        self._config = getattr(model, "config", None)
-        self._model = model
+        self._model = weakref.ref(model)  # a patch does not keep its model alive
         self._fields = _live_fields(fields)
         self._before: list[tuple[object, str, object]] = []
         self.undo_bytes = self.updates = self.swallowed = 0
 
     def apply(self) -> None:
-        if self._config is None or isinstance(self._config, dict):
+        model = self._model()
+        config = getattr(model, "config", None)
+        if model is None or config is None or isinstance(config, dict):
             return
         for name, value in self._fields.items():
-            if not callable(getattr(type(self._config), name, None)):
-                self._set(self._config, name, value)
+            if not callable(getattr(type(config), name, None)):
+                self._set(config, name, value)
         labels = self._fields.get("id2label")
-        if labels is not None and isinstance(self._model.__dict__.get("num_labels"), int):
-            self._set(self._model, "num_labels", len(labels))
+        if labels is not None and isinstance(model.__dict__.get("num_labels"), int):
+            self._set(model, "num_labels", len(labels))
 
     def _set(self, holder: object, name: str, value: object) -> None:
         before = getattr(holder, name, _MISSING)

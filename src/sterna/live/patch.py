@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,12 +20,13 @@ from sterna.fingerprint import LiveDigests, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
 from sterna.live.update import NATIVE, Overwrite, Step, sparse_adds
-from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_unpatchable, unwrap
+from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_unpatchable, unwrap
 from sterna.sources.names import some
 
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
 _patched = WeakTensorKeyDictionary()  # tensors under some patch, so that a part of a patched model is not patched again
 _digests = LiveDigests()
+_attaching = threading.Lock()
 
 
 def attach(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, allow_narrower: bool = False) -> Patch:
@@ -33,10 +36,12 @@ def attach(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, a
     Raises WrongBase, WrongModel, Unsupported, AlreadyAttached or InvalidFile, with the model as it was.
     """
     root = unwrap(model)
-    if root in _patches:
-        raise AlreadyAttached("the model carries an expert already; swap it, detach it, or merge the two experts first")
-    patch = Patch(root, _loaded(expert), allow_narrower)
-    _patches[root] = patch
+    loaded = _loaded(expert)
+    with _attaching:
+        if root in _patches:
+            raise AlreadyAttached("the model carries an expert already; swap it, detach it, or merge the two experts first")
+        patch = Patch(root, loaded, allow_narrower)
+        _patches[root] = patch
     return patch
 
 
@@ -106,10 +111,11 @@ class Patch:
             old = self._now()
             _refuse_changed(old)
             new = _plan(self._live_root(), other, allow_narrower, old)
-            _revert(old)
             try:
+                _revert(old)
                 _apply(new)
             except BaseException:
+                _revert(old)  # what is left of it, where that was what failed
                 _apply(old)
                 raise
             self._on = new
@@ -117,12 +123,12 @@ class Patch:
     def detach(self, *, force: bool = False) -> None:
         """Restore the base to the bit.
 
-        Raises PatchError where somebody else changed the weights meanwhile; `force` restores what was saved all the same.
+        Raises PatchError where somebody else changed the weights meanwhile; `force` restores what was saved all the same. A model that is now of
+        another dtype, device or layout must be moved back in any case.
         """
         with self._lock.writing():
             old = self._now()
-            if not force:
-                _refuse_changed(old)
+            _refuse_changed(old, force)
             _revert(old)
             self._on = None
             root = self._root()
@@ -144,60 +150,82 @@ class Patch:
 class _Plan:
     """Everything that attaching one expert to one model does, worked out before anything is changed."""
 
-    def __init__(self, expert: Expert, steps: Sequence[Step], touched: Sequence[torch.Tensor], digests: dict[int, bytes]) -> None:
+    def __init__(self, expert: Expert, steps: Sequence[Step], slots: Iterable[Slot], digests: dict[int, bytes]) -> None:
         self.expert = expert
         self.steps = steps
-        self.touched = touched
+        self.slots = list({id(slot.tensor): slot for slot in slots}.values())
+        self.touched = [slot.tensor for slot in self.slots]
         self.base_digests = digests  # by position in `touched`
-        self.state: list[tuple[int, torch.dtype, torch.device]] = []
+        self.state: list[_State] = []
 
     @property
     def originals(self) -> dict[Place, torch.Tensor]:
         return {place: tensor for step in self.steps if isinstance(step, Replace) for place, tensor in step.originals.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a touched tensor was when our own writes ended, and what hung in its place in the model."""
+
+    layout: tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+    address: int
+    version: int
+    hung: torch.Tensor | None
+
+    @classmethod
+    def of(cls, slot: Slot) -> _State:
+        tensor = slot.tensor
+        return cls((tensor.dtype, tensor.device, tensor.shape, tensor.stride()), tensor.data_ptr(), tensor._version, slot.hung)
+
+
 def _apply(plan: _Plan) -> None:
-    started: list[Step] = []
     try:
         with torch.no_grad():
             for step in plan.steps:
-                started.append(step)
                 step.apply()
-    except BaseException:
-        with torch.no_grad():
-            for step in reversed(started):
-                step.revert()
+        for tensor in plan.touched:
+            _patched[tensor] = True
         _settle(plan)
+    except BaseException:
+        _revert(plan)
         raise
-    for tensor in plan.touched:
-        _patched[tensor] = True
-    _settle(plan)
 
 
 def _revert(plan: _Plan) -> None:
-    with torch.no_grad():
-        for step in reversed(plan.steps):
-            step.revert()
-    for tensor in plan.touched:
-        if tensor in _patched:
-            del _patched[tensor]
-    _settle(plan)
+    """Undo whatever of the plan is on the model."""
+    try:
+        with torch.no_grad():
+            for step in reversed(plan.steps):
+                step.revert()
+        for tensor in plan.touched:
+            if tensor in _patched:
+                del _patched[tensor]
+    finally:
+        _settle(plan)  # an interrupted undo can then be taken up again
 
 
 def _settle(plan: _Plan) -> None:
-    """Note the versions that our own writes left, and that the base beneath is still the one that was hashed."""
-    plan.state = [(t._version, t.dtype, t.device) for t in plan.touched]
+    """Note what our own writes left, and that the base beneath is still the one that was hashed."""
+    plan.state = [_State.of(slot) for slot in plan.slots]
     for position, digest in plan.base_digests.items():
         _digests.remember(plan.touched[position], digest)
 
 
-def _refuse_changed(plan: _Plan) -> None:
-    for tensor, (version, dtype, device) in zip(plan.touched, plan.state, strict=True):
-        if (tensor.dtype, tensor.device) != (dtype, device):
-            now = f"{tensor.dtype} on {tensor.device}"
-            raise PatchError(f"the model went from {dtype} on {device} to {now} while an expert was on it: move it back, then detach")
-        if tensor._version != version:
-            raise PatchError("weights were changed under the expert (training, load_state_dict?); detach(force=True) restores what was saved")
+def _refuse_changed(plan: _Plan, force: bool = False) -> None:
+    """Raise PatchError where somebody else changed a touched tensor; `force` lets new values pass, and has them hashed again."""
+    for position, (slot, state) in enumerate(zip(plan.slots, plan.state, strict=True)):
+        now = _State.of(slot)
+        if now.layout != state.layout:
+            was, became = (", ".join(map(str, layout)) for layout in (state.layout, now.layout))
+            raise PatchError(f"{slot.name} went from ({was}) to ({became}) while an expert was on the model: move it back, then detach")
+        if (now.address, now.version) == (state.address, state.version) and now.hung is state.hung:
+            continue
+        if not force:
+            raise PatchError(
+                f"{slot.name} was changed under the expert (training, load_state_dict, a cast there and back?); "
+                "detach(force=True) restores what was saved"
+            )
+        plan.base_digests.pop(position, None)
 
 
 def _loaded(expert: Expert | str | os.PathLike[str]) -> Expert:
@@ -213,20 +241,22 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
     adds = {change.name: change.levels.shape for change in expert.changes if isinstance(change, Add)}
     names = expert.fingerprint.names
     live = live_weights(root, names, tuple(adds.get(name) for name in names), under.originals if under else {})
+    refuse_quantized(root)
     slots = _touched_slots(root, expert, live)
-    refuse_unpatchable(root, slots.values())
     if under is None and any(slot.tensor in _patched for slot in slots.values()):
         raise AlreadyAttached("a part of the model, or a model that contains it, carries an expert already; detach it first")
-    known = _check_base(expert, live, allow_narrower)
+    _check_base(expert, live, allow_narrower)
+    _refuse_ties(expert, slots)
     steps: list[Step] = sparse_adds([(slots[c.name].tensor, c.levels) for c in expert.changes if isinstance(c, Add)])
-    for change in expert.changes:
-        if not isinstance(change, Add):
-            steps.extend(_steps_of(change, slots, live))
+    others = [change for change in expert.changes if not isinstance(change, Add)]
+    for change in sorted(others, key=lambda change: isinstance(change, Set) and change.role == "untied"):  # after what replaces all that are tied
+        steps.extend(_steps_of(change, slots, live))
     if expert.facts.config:
         steps.append(Configure(root, expert.facts.config))
-    touched = list({id(slot.tensor): slot.tensor for slot in slots.values()}.values())
-    digests = {i: known[id(tensor)] for i, tensor in enumerate(touched) if id(tensor) in known}
-    return _Plan(expert, steps, touched, digests)
+    plan = _Plan(expert, steps, slots.values(), {})
+    hashed = [position for position, tensor in enumerate(plan.touched) if tensor.dtype in NATIVE]
+    plan.base_digests.update(zip(hashed, _digests.of([plan.touched[position] for position in hashed]), strict=True))
+    return plan
 
 
 def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> dict[str, Slot]:
@@ -241,12 +271,22 @@ def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> 
                 missing.append(name)
                 continue
             found[name] = slot
+            refuse_unpatchable(slot)
             wanted = _shape_wanted(change, name, slot)
             if wanted is not None and tuple(slot.tensor.shape) != wanted:
                 raise WrongModel(f"{slot.name} has shape {tuple(slot.tensor.shape)} in the model, {wanted} in the expert: {_load_hint(root, expert)}")
     if missing:
         raise WrongModel(f"the model ({type(root).__name__}) has no {some(missing)}, which the expert changes: {_load_hint(root, expert)}")
     return found
+
+
+def _refuse_ties(expert: Expert, slots: Mapping[str, Slot]) -> None:
+    """Raise WrongModel where one live tensor would be added to twice, under two names."""
+    first: dict[int, str] = {}
+    for change in expert.changes:
+        if isinstance(change, Add) and first.setdefault(id(slots[change.name].tensor), change.name) != change.name:
+            other = first[id(slots[change.name].tensor)]
+            raise WrongModel(f"the model ties {other} and {change.name}, which the expert's base holds apart: load it with tie_word_embeddings=False")
 
 
 def _shape_wanted(change: Add | Factors | Multiply | Set, name: str, slot: Slot) -> tuple[int, ...] | None:
@@ -275,8 +315,8 @@ def _load_hint(root: torch.nn.Module, expert: Expert) -> str:
     return f"load the base as {wanted}" if wanted and wanted != type(root).__name__ else "is this the model that the expert was made for?"
 
 
-def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict[int, bytes]:
-    """Raise WrongBase unless the live tensors are the expert's base; returns their digests by id."""
+def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> None:
+    """Raise WrongBase unless the live tensors are the expert's base."""
     replaced = {change.name for change in expert.changes if isinstance(change, Set) and change.role != "rows"}
     names = [name for name in expert.fingerprint.names if name in live.of_base and name not in replaced and live.of_base[name].tensor.dtype in NATIVE]
     tensors = [live.of_base[name].tensor for name in names]
@@ -286,7 +326,6 @@ def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict
     digests = _digests.of(tensors)
     found = {name: (digest, tensor.dtype) for name, digest, tensor in zip(names, digests, tensors, strict=True)}
     require_base(expert.fingerprint, expert.facts.base.name, found, allow_narrower)
-    return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 
 def _steps_of(change: Factors | Multiply | Set, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:

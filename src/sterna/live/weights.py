@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from sterna.errors import Unsupported, WrongModel
+from sterna.errors import PairingError, Unsupported, WrongModel
 from sterna.sources.checkpoint import refuse_tensor
 from sterna.sources.names import Alignment, align, plain, swap_prefix
 
@@ -32,6 +32,12 @@ class Slot:
         if module is None:
             raise WrongModel(f"the module that held {self.name} is gone")
         return module
+
+    @property
+    def hung(self) -> torch.Tensor | None:
+        """What hangs there now; None where the module is gone."""
+        module = self.module()
+        return None if module is None else module._parameters.get(self.attribute, module._buffers.get(self.attribute))
 
     @property
     def place(self) -> Place:
@@ -89,21 +95,25 @@ def _aligned(names: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...],
 def live_weights(
     model: torch.nn.Module, names: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...], originals: Mapping[Place, torch.Tensor]
 ) -> LiveWeights:
-    """The model's slots by the base names `names`; `shapes` where the expert knows them. Raises PairingError where nothing corresponds."""
+    """The model's slots by the base names `names`; `shapes` where the expert knows them. Raises WrongModel where nothing corresponds."""
     found = slots(model, originals)
-    alignment = _aligned(names, shapes, tuple((name, tuple(slot.tensor.shape)) for name, slot in found.items()))
+    try:
+        alignment = _aligned(names, shapes, tuple((name, tuple(slot.tensor.shape)) for name, slot in found.items()))
+    except PairingError as error:
+        raise WrongModel(f"the model ({type(model).__name__}) has no tensor of the expert's base: {error}") from error
     return LiveWeights(found, {base: found[own] for base, own in alignment.to_other.items()}, alignment)
 
 
-def refuse_unpatchable(model: torch.nn.Module, touched: Iterable[Slot]) -> None:
-    """Raise Unsupported for a tensor that cannot be changed in place and restored to the bit."""
+def refuse_quantized(model: torch.nn.Module) -> None:
     if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
         raise Unsupported("the model is quantized; attach experts to plain float32, float16 or bfloat16 weights")
-    for slot in touched:
-        tensor = slot.tensor
-        refuse_tensor(slot.name, tensor)
-        if tensor.is_inference():
-            raise Unsupported(f"{slot.name} was created under torch.inference_mode and cannot be changed outside it; load without that mode")
-        hook = getattr(slot.owner, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", False):
-            raise Unsupported(f"{slot.name} is offloaded by accelerate (its values are elsewhere); load the model without offloading")
+
+
+def refuse_unpatchable(slot: Slot) -> None:
+    """Raise Unsupported for a tensor that cannot be changed in place and restored to the bit."""
+    hook = getattr(slot.owner, "_hf_hook", None)
+    if hook is not None and getattr(hook, "offload", False):
+        raise Unsupported(f"{slot.name} is offloaded by accelerate (its values are elsewhere between forwards); load the model without offloading")
+    refuse_tensor(slot.name, slot.tensor)
+    if slot.tensor.is_inference():
+        raise Unsupported(f"{slot.name} was created under torch.inference_mode and cannot be changed outside it; load the model without that mode")

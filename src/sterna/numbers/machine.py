@@ -1,4 +1,4 @@
-"""Three machine instructions that numba does not offer: unaligned 64-bit load, count trailing zeros, prefetch for writing."""
+"""Machine instructions that numba does not offer: unaligned 64-bit load, bit counts, prefetch for writing."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ def trailing_zeros(typing_context: Any, word: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def population(typing_context: Any, word: Any) -> Any:
+    """Number of set bits of a uint64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), codegen
 

@@ -75,18 +75,35 @@ def _from_top(histogram: NDArray[np.int64], wanted: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def emit(values: NDArray[np.float32], first: int, bits: int, ties: int, codes: NDArray[np.uint32]) -> tuple[int, int]:
-    """Write `index << 1 | negative` of every kept value to `codes`, indices counted from `first`; returns (kept, ties left)."""
+def count_equal(values: NDArray[np.float32], bits: int) -> int:
+    """How many magnitudes have exactly these bits."""
+    patterns = values.view(np.uint32)
+    wanted = np.uint32(bits)
+    equal = 0
+    for i in range(patterns.size):
+        equal += (patterns[i] & np.uint32(0x7FFFFFFF)) == wanted
+    return equal
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def emit(values: NDArray[np.float32], bits: int, ties: int, codes: NDArray[np.uint32]) -> int:
+    """Write `index << 1 | negative` to `codes` for every magnitude above `bits` and the first `ties` equal to it; returns how many.
+
+    `codes` is uint32 with room for as many as there are values.
+    """
     patterns = values.view(np.uint32)
     threshold = np.uint32(bits)
     kept = np.uint64(0)
-    for i in range(patterns.size):
+    i = 0
+    while ties > 0 and i < patterns.size:
         pattern = patterns[i]
         magnitude = pattern & np.uint32(0x7FFFFFFF)
-        codes[kept] = np.uint32(first + i) << np.uint32(1) | pattern >> np.uint32(31)
-        take = magnitude > threshold
-        if magnitude == threshold and ties > 0:
-            ties -= 1
-            take = True
-        kept += np.uint64(take)
-    return int(kept), ties
+        codes[kept] = np.uint32(i) << np.uint32(1) | pattern >> np.uint32(31)
+        kept += np.uint64(magnitude >= threshold)
+        ties -= magnitude == threshold
+        i += 1
+    for j in range(i, patterns.size):
+        pattern = patterns[j]
+        codes[kept] = np.uint32(j) << np.uint32(1) | pattern >> np.uint32(31)
+        kept += np.uint64((pattern & np.uint32(0x7FFFFFFF)) > threshold)
+    return int(kept)

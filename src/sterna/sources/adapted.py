@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from sterna.errors import InvalidArgument, Unsupported
@@ -51,7 +52,7 @@ def adapted(base: Checkpoint, adapter: Adapter, exclude: Sequence[str]) -> TaskV
 
 def _piece(name: str, tensor: torch.Tensor, minus: int = 0) -> Piece:
     flat = tensor.reshape(-1)
-    return Piece(name, tuple(tensor.shape), lambda start, stop: float32(flat[start:stop]) - minus)
+    return Piece(name, tuple(tensor.shape), lambda start, stop, out: np.subtract(float32(flat[start:stop]), np.float32(minus), out=out))
 
 
 def _saved(base: Checkpoint, adapter: Adapter, alignment: Alignment) -> list[Set]:

@@ -54,11 +54,11 @@ def _difference(base: Checkpoint, tuned: Checkpoint, name: str, other: str, shap
     theirs = tuned.read(other).detach().reshape(-1)[:entries]
     round_to = theirs.dtype if torch.promote_types(ours.dtype, theirs.dtype) != theirs.dtype else None
 
-    def read(start: int, stop: int) -> F32:
+    def read(start: int, stop: int, out: F32) -> None:
         before = ours[start:stop]
         if round_to is not None:
             before = before.to(round_to)
-        return np.subtract(float32(theirs[start:stop]), float32(before))
+        np.subtract(float32(theirs[start:stop]), float32(before), out=out)
 
     return Piece(name, shape, read)
 

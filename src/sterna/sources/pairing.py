@@ -75,7 +75,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pa
             continue
         ours, theirs = base.tensors[name], tuned.tensors[other]
         if is_buffer(base, name) or is_buffer(tuned, other) or not ours.dtype.is_floating_point:
-            if last(plain(name)) not in NONPERSISTENT and (ours != theirs or not torch.equal(base.read(name), tuned.read(other))):
+            if last(plain(name)) not in NONPERSISTENT and (ours != theirs or not torch.equal(base.read(name).cpu(), tuned.read(other).cpu())):
                 exact.append(Exact(name, other, "buffer"))
         elif is_head(plain(name), alignment.base_prefix):
             exact.append(Exact(name, other, "head"))
@@ -94,9 +94,9 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pa
         raise PairingError(
             f"most tensors differ in shape ({some(reshaped)}), only {len(pairs)} agree: these are two models, not a base and its fine-tune"
         )
-    extra = _extra(base, tuned, alignment, matched, skipped)
-    for name in extra:
-        role: Role = "untied" if plain(name) in _aliases_as_tuned(base, prefixes) else "head"
+    untied = _untied(base, tuned, alignment)
+    for name in _extra(base, tuned, alignment, matched, skipped, untied):
+        role: Role = "untied" if name in untied else "head"
         if role == "untied":
             warnings.append(f"{name} is tied in the base and separate in the tuned model; its copy is kept exact")
         exact.append(Exact(swap_prefix(plain(name), *prefixes[::-1]) if role == "untied" else plain(name), name, role))
@@ -133,12 +133,13 @@ def _require_float(name: str, *dtypes: torch.dtype) -> None:
             raise Unsupported(f"{name} is {dtype}; expected float32, float16 or bfloat16 (convert float64 models to float32 first)")
 
 
-def _aliases_as_tuned(base: Checkpoint, prefixes: tuple[str, str]) -> frozenset[str]:
-    """Plain names, as the tuned model would write them, that the base ties to another tensor."""
-    tied = set(base.aliases)
-    if base.config.get("tie_word_embeddings") is not False and "lm_head.weight" not in {plain(n) for n in base.tensors}:
-        tied.add("lm_head.weight")
-    return frozenset(swap_prefix(plain(name), *prefixes) for name in tied)
+def _untied(base: Checkpoint, tuned: Checkpoint, alignment: Alignment) -> frozenset[str]:
+    """Tuned tensors without a base tensor of their own that the base ties to another: by its aliases, or as embeddings that its file leaves out."""
+    aliases = {swap_prefix(plain(name), alignment.base_prefix, alignment.other_prefix) for name in base.aliases}
+    ties = base.config.get("tie_word_embeddings") is not False
+    tables = {info.shape[1:] for name, info in base.tensors.items() if len(info.shape) == 2 and is_embedding(name)}
+    left = set(tuned.tensors) - set(alignment.to_other.values())
+    return frozenset(name for name in left if plain(name) in aliases or (ties and is_embedding(name) and tuned.tensors[name].shape[1:] in tables))
 
 
 def _inside(name: str, matched: Iterable[str]) -> bool:
@@ -149,14 +150,17 @@ def _inside(name: str, matched: Iterable[str]) -> bool:
     return any((other.startswith(parent) and parent != ".") or any(other.startswith(a) for a in ancestors) for other in matched)
 
 
-def _extra(base: Checkpoint, tuned: Checkpoint, alignment: Alignment, matched: set[str], skipped: frozenset[str]) -> list[str]:
+def _extra(
+    base: Checkpoint, tuned: Checkpoint, alignment: Alignment, matched: set[str], skipped: frozenset[str], untied: frozenset[str]
+) -> list[str]:
     """Tuned tensors that the base lacks: heads; an error where they lie inside a layer that both have."""
     used = set(alignment.to_other.values())
     as_base = {name: swap_prefix(plain(name), alignment.other_prefix, alignment.base_prefix) for name in tuned.tensors if name not in used}
     extra = [
         name for name, there in sorted(as_base.items()) if plain(name) not in skipped and there not in skipped and last(there) not in NONPERSISTENT
     ]
-    misplaced = [name for name in extra if not is_head(plain(name), alignment.other_prefix) and _inside(as_base[name], matched)]
+    placed = [name for name in extra if name in untied or is_head(plain(name), alignment.other_prefix) or not _inside(as_base[name], matched)]
+    misplaced = sorted(set(extra) - set(placed))
     if misplaced:
         raise PairingError(f"the tuned model has tensors inside layers where the base lacks them: {some(misplaced)}{_both(base, tuned, alignment)}")
     return extra
