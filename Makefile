@@ -4,13 +4,13 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check test-long bench assets clean
+.PHONY: demo test lint test-long bench assets clean
 
 demo: $(STAMP)
 	$(RUN)/python -m sterna.demo.assets
 	$(RUN)/sterna demo
 
-test: $(STAMP) assets lint check
+test: $(STAMP) assets lint
 	$(RUN)/python -m pytest
 
 # Longer than the default suite: memory of a large checkpoint, more fuzzing.
@@ -20,10 +20,6 @@ test-long: $(STAMP) assets
 lint: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-
-# The README's own commands, run as they stand there.
-check: $(STAMP)
-	$(RUN)/python -m pytest tests/test_readme.py
 
 bench: $(STAMP)
 	$(RUN)/python -m sterna.demo.assets --all

@@ -66,8 +66,8 @@ def ternarize(
         for group in groups:
             threshold, deviation, group_squares = _survey(group, density, advance)
             squares += group_squares
-            if alpha * deviation > np.finfo(np.float32).max:
-                raise InvalidArgument(f"the scale alpha * std is {alpha * deviation:g}, beyond float32: the tuned model is broken, or alpha too large")
+            if alpha * deviation > float(np.finfo(np.float32).max):
+                raise InvalidArgument(f"the scale alpha * std is {alpha * deviation:g}, beyond float32: a broken tuned model, or a huge alpha")
             scale = float(np.float32(alpha * deviation))
             for piece, start, stop in _write_streams(group, threshold, coding, file, advance):
                 placed.append((piece, scale, start, stop))

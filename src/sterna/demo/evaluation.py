@@ -103,23 +103,17 @@ def counter(progress: Progress, step: str, total: int, unit: str) -> Callable[[i
 def climb(grid: Sequence[float], start: float, score: Callable[[float], Score]) -> float:
     """The best value of a sorted grid, found by walking uphill from the value nearest to `start`: the curve over scales has one peak.
 
-    Looks at both neighbours of the start, then goes on in the better direction until a step is no better.
+    Walks towards larger values while that is better, and towards smaller ones only where the first step up was not.
     """
-    ranks: dict[int, tuple[int, float]] = {}
-
-    def rank(i: int) -> tuple[int, float]:
-        if i not in ranks:
-            ranks[i] = score(grid[i]).rank
-        return ranks[i]
-
-    best = min(range(len(grid)), key=lambda i: (abs(grid[i] - start), i))
-    rank(best)
-    while True:
-        near = [i for i in (best - 1, best + 1) if 0 <= i < len(grid)]
-        better = max(near, key=rank, default=best)
-        if rank(better) <= rank(best):
+    first = min(range(len(grid)), key=lambda i: (abs(grid[i] - start), i))
+    top = score(grid[first]).rank
+    for direction in (1, -1):
+        best = first
+        while 0 <= best + direction < len(grid) and (rank := score(grid[best + direction]).rank) > top:
+            best, top = best + direction, rank
+        if best != first:
             return grid[best]
-        best = better
+    return grid[first]
 
 
 def bag_of_words(tokenizer: Any, train: Tokens, test: Tokens) -> Estimate:

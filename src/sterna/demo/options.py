@@ -32,7 +32,7 @@ class DemoOptions:
     alphas: tuple[float, ...] = ALPHAS
     train_rows: int = 4000
     lora_rows: int = 2000
-    validation_rows: int = 1000
+    validation_rows: int = 500
     test_rows: int = 1500
     epochs: int = 3
     batch: int = 16

@@ -20,8 +20,9 @@ from sterna.fingerprint import LiveDigests, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
 from sterna.live.update import NATIVE, Overwrite, Step, sparse_adds
-from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_unpatchable, unwrap
+from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_unpatchable
 from sterna.sources.names import some
+from sterna.sources.stored import unwrap
 
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
 _patched = WeakTensorKeyDictionary()  # tensors under some patch, so that a part of a patched model is not patched again

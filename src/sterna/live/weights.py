@@ -12,6 +12,7 @@ import torch
 from sterna.errors import PairingError, Unsupported, WrongModel
 from sterna.sources.checkpoint import refuse_tensor
 from sterna.sources.names import Alignment, align, plain, swap_prefix
+from sterna.sources.stored import stored_names
 
 Place = tuple[int, str]
 """A module's id and an attribute of it."""
@@ -44,22 +45,12 @@ class Slot:
         return (id(self.module()), self.attribute)
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile."""
-    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    while True:
-        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", model)
-        if inner is model or not isinstance(inner, torch.nn.Module):
-            return model
-        model = inner
-
-
 _plain = lru_cache(maxsize=1 << 16)(plain)
 
 
 def slots(model: torch.nn.Module, originals: Mapping[Place, torch.Tensor]) -> dict[str, Slot]:
-    """Every parameter and persistent buffer by its plain name, shared ones under each of theirs. `originals` are what a patch has replaced."""
-    found: dict[str, Slot] = {}
+    """Every parameter and persistent buffer by its plain name in files, shared ones under each. `originals` are what a patch has replaced."""
+    hanging: dict[str, tuple[weakref.ref[torch.nn.Module], str, torch.Tensor]] = {}
     stack = [("", model)]
     while stack:
         prefix, module = stack.pop()
@@ -68,10 +59,11 @@ def slots(model: torch.nn.Module, originals: Mapping[Place, torch.Tensor]) -> di
             if tensor is not None and attribute not in module._non_persistent_buffers_set:
                 if originals:
                     tensor = originals.get((id(module), attribute), tensor)
-                name = _plain(prefix + attribute)
-                found[name] = Slot(name, reference, attribute, tensor)
+                hanging[prefix + attribute] = (reference, attribute, tensor)
         stack.extend((f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None)
-    return found
+    stored = stored_names(model, {name: tuple(tensor.shape) for name, (_, _, tensor) in hanging.items()})
+    named = ((_plain(stored.get(name, name)), place) for name, place in hanging.items())
+    return {name: Slot(name, *place) for name, place in named}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, Unsupported
 from sterna.sources.names import BUFFERS, NONPERSISTENT, is_embedding, last, plain, some
+from sterna.sources.stored import stored_names, unwrap
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module
 
@@ -251,8 +252,11 @@ def _from_state_dict(state: Mapping[str, torch.Tensor], label: str = "state dict
 
 
 def _from_module(module: torch.nn.Module) -> Checkpoint:
-    state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
-    opened = _from_state_dict(state, later=_left_out_of_files(module, state))
+    module = unwrap(module)
+    memory = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
+    stored = stored_names(module, {name: tuple(tensor.shape) for name, tensor in memory.items()})
+    state = {stored.get(name, name): tensor for name, tensor in memory.items()}
+    opened = _from_state_dict(state, later=frozenset(stored.get(name, name) for name in _left_out_of_files(module, memory)))
     config = getattr(module, "config", None)
     values: dict[str, Any] = {}
     label = type(module).__name__

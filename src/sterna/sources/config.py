@@ -14,20 +14,16 @@ _NEW_FIELDS = frozenset({"id2label", "problem_type", "pad_token_id", "eos_token_
 """Fields that matter where only the tuned configuration has them; the rest of such fields are defaults that a newer library writes out."""
 
 
-def changed_config(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration fields in which the tuned model differs from its base."""
+def changed_config(base: Mapping[str, Any], tuned: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
+    """The configuration fields in which the tuned model differs from its base; with a head also its labels, which a live model may have otherwise."""
     changed: dict[str, Any] = {}
     for name, value in tuned.items():
-        known = name in base
-        if carries(name) and (base[name] != value if known else name in _NEW_FIELDS and value not in (None, False)):
+        differs = base[name] != value if name in base else name in _NEW_FIELDS and value not in (None, False)
+        if carries(name) and (differs or (has_head and name in ("id2label", "label2id"))):
             changed[name] = value
     labels = changed.get("id2label")
-    if isinstance(labels, dict) and changed.get("label2id") == {label: int(i) for i, label in labels.items() if str(i).isdigit()}:
+    if isinstance(labels, Mapping) and changed.get("label2id") == {label: int(number) for number, label in labels.items() if str(number).isdigit()}:
         del changed["label2id"]  # made again from its inverse
-    elif "label2id" in tuned and labels is not None and "label2id" not in changed and carries("label2id"):
-        inverse = {label: int(i) for i, label in labels.items() if str(i).isdigit()} if isinstance(labels, dict) else None
-        if tuned["label2id"] != inverse:
-            changed["label2id"] = tuned["label2id"]
     return changed
 
 

@@ -41,7 +41,7 @@ def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> Tas
         dropped=pairing.dropped,
         excluded=pairing.excluded,
         architecture=tuned.architecture,
-        config=changed_config(base.config, tuned.config),
+        config=changed_config(base.config, tuned.config, any(e.role == "head" for e in pairing.exact)),
         folder=tuned.folder,
         warnings=pairing.warnings,
     )

@@ -1,0 +1,290 @@
+"""A writer of expert files for tests, made from docs/format.md in plain Python: it writes what the library never would.
+
+A `Draft` is a file in pieces. Every piece can be replaced by bytes that lie before `file` lays them out and signs them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ADD, FACTORS, MULTIPLY, SET = range(4)
+CHUNK = 1 << 20
+
+
+def varint(*values: int) -> bytes:
+    out = bytearray()
+    for value in values:
+        while value >= 128:
+            out.append(value & 127 | 128)
+            value >>= 7
+        out.append(value)
+    return bytes(out)
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return varint(len(raw)) + raw
+
+
+# Streams
+
+
+def planes(positions: Sequence[int], negative: Sequence[int], parameter: int) -> list[int]:
+    """The bits of one block."""
+    bits = list(negative)
+    if parameter == 255:
+        return bits
+    b, tripled = parameter >> 1, parameter & 1
+    gaps = [now - before - 1 for before, now in zip([-1, *positions[:-1]], positions, strict=True)]
+    for gap in gaps:
+        bits += [gap >> i & 1 for i in range(b)]
+    digits = [(gap >> b) % 3 if tripled else 0 for gap in gaps]
+    if tripled:
+        bits += [int(digit > 0) for digit in digits]
+        bits += [digit - 1 for digit in digits if digit]
+    for gap in gaps:
+        bits += [0] * ((gap >> b) // (3 if tripled else 1)) + [1]
+    return bits
+
+
+def packed(bits: Sequence[int]) -> bytes:
+    return bytes(sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8))
+
+
+def block(positions: Sequence[int], negative: Sequence[int], parameter: int) -> tuple[bytes, bytes]:
+    """(what the index says of a block, its bytes in the payload)."""
+    if not positions:
+        return b"\0", b""
+    payload = packed(planes(positions, negative, parameter))
+    return varint(len(positions)) + bytes([parameter]) + varint(len(payload)), payload
+
+
+def stream(entries: int, levels: dict[int, int], parameter: int = 2, log2: int = 12) -> bytes:
+    """The stream of a tensor of `entries` whose non-zeros are `levels` (-1 or +1 by position); full blocks get parameter 255."""
+    out = b""
+    for chunk in range(0, entries, CHUNK):
+        end = min(chunk + CHUNK, entries)
+        blocks = []
+        for start in range(chunk, end, 1 << log2):
+            size = min(1 << log2, end - start)
+            inside = [p for p in sorted(levels) if start <= p < start + size]
+            signs = [int(levels[p] < 0) for p in inside]
+            blocks.append(block([p - start for p in inside], signs, 255 if len(inside) == size else parameter))
+        out += bytes([log2]) + b"".join(index for index, _ in blocks) + b"".join(payload for _, payload in blocks)
+    return out
+
+
+# Table
+
+
+@dataclass
+class Levels:
+    """A ternary tensor as its row tells of it; `length` lies about the stream's where it is given."""
+
+    shape: int
+    stream: bytes
+    coding: int = 1
+    length: int | None = None
+    scale: bytes = struct.pack("<f", 0.25)
+
+    def row(self, scaled: bool) -> bytes:
+        return varint(self.coding, self.shape, len(self.stream) if self.length is None else self.length) + (self.scale if scaled else b"")
+
+
+@dataclass
+class Row:
+    """A row: its kind, the number of its name (0 and a name of its own for a tensor that the base lacks), the kind's fields, its ternary tensors."""
+
+    kind: int
+    number: int
+    own: str | bytes = ""
+    fields: bytes = b""
+    levels: list[Levels] = field(default_factory=list)
+
+    def bytes(self, scaled: bool) -> bytes:
+        name = varint(self.number) + (b"" if self.number else text(self.own))
+        return varint(self.kind) + name + self.fields + b"".join(levels.row(scaled) for levels in self.levels)
+
+
+def name_table(names: Sequence[str]) -> bytes:
+    parts = list(dict.fromkeys(part for name in names for part in name.split(".")))
+    out = varint(len(parts)) + b"".join(text(part) for part in parts) + varint(len(names))
+    before: list[str] = []
+    for name in names:
+        now = name.split(".")
+        shared = 0
+        while shared < min(len(before), len(now)) and before[shared] == now[shared]:
+            shared += 1
+        out += varint(shared, len(now) - shared, *(parts.index(part) for part in now[shared:]))
+        before = now
+    return out
+
+
+def shape_table(shapes: Sequence[Sequence[int]]) -> bytes:
+    return varint(len(shapes)) + b"".join(varint(len(shape), *shape) for shape in shapes)
+
+
+# File
+
+Tensor = tuple[str, str, Sequence[int], bytes]
+
+
+def header_of(metadata: Any, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """The header as JSON; the checksum's tensor last."""
+    header: dict[str, Any] = {"__metadata__": {"sterna": metadata}}
+    at = 0
+    for name, dtype, shape, data in (*tensors, ("sterna.sha256", "U8", [32], bytes(32))):
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    return header
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def signed(body: bytes) -> bytes:
+    """A file's bytes with the checksum at their end."""
+    return body + hashlib.sha256(body).digest()
+
+
+def signed_again(file: bytes) -> bytes:
+    """The same file with its last 32 bytes replaced by the checksum of the rest."""
+    return signed(file[:-32])
+
+
+def framed(header: str | bytes, body: bytes) -> bytes:
+    """Header and tensors as a file, signed."""
+    raw = header.encode() if isinstance(header, str) else header
+    raw += b" " * (-len(raw) % 8)
+    return signed(struct.pack("<Q", len(raw)) + raw + body)
+
+
+@dataclass
+class Draft:
+    """A file in pieces. A piece given as bytes stands for itself."""
+
+    facts: Any
+    names: Sequence[str] | bytes
+    shapes: Sequence[Sequence[int]] | bytes
+    rows: list[Row]
+    exact: list[Tensor] = field(default_factory=list)
+    shorts: bytes | None = None
+    row_count: int | None = None
+    table_tail: bytes = b""
+    streams_tail: bytes = b""
+    header: Callable[[dict[str, Any]], Any] = lambda header: None
+
+    @property
+    def streams(self) -> bytes:
+        return b"".join(levels.stream for row in self.rows for levels in row.levels) + self.streams_tail
+
+    @property
+    def table(self) -> bytes:
+        scaled = isinstance(self.facts, dict) and self.facts.get("scope") == "tensor"
+        names = self.names if isinstance(self.names, bytes) else name_table(self.names)
+        shorts = self.shorts if self.shorts is not None else b"" if isinstance(self.names, bytes) else bytes(9 * len(self.names))
+        shapes = self.shapes if isinstance(self.shapes, bytes) else shape_table(self.shapes)
+        count = varint(len(self.rows) if self.row_count is None else self.row_count)
+        return names + shorts + shapes + count + b"".join(row.bytes(scaled) for row in self.rows) + self.table_tail
+
+    @property
+    def metadata(self) -> str:
+        return self.facts if isinstance(self.facts, str) else json.dumps(self.facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.exact, ("sterna.table", "U8", [len(self.table)], self.table), ("sterna.streams", "U8", [len(self.streams)], self.streams)]
+
+    def file(self) -> bytes:
+        header = header_of(self.metadata, self.tensors)
+        changed = self.header(header)
+        return framed(compact(header if changed is None else changed), b"".join(data for _, _, _, data in self.tensors))
+
+    def but(self, **pieces: Any) -> Draft:
+        """A copy with other pieces."""
+        other = copy.deepcopy(self)
+        for name, piece in pieces.items():
+            setattr(other, name, piece)
+        return other
+
+
+# Specimens: sound files
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    """Sound facts, with fields changed, or taken away where None is given."""
+    base = {"name": "tiny", "fingerprint": "ab" * 32, "parameters": 100_000}
+    whole = {
+        "format": 1, "method": "compeft", "source": "full", "density": 0.1, "alpha": 4.0, "scope": "global", "scale": 0.5, "base": base,
+        "writer": "craft",
+    }  # fmt: skip
+    return {key: value for key, value in (whole | changes).items() if value is not None}
+
+
+def plain() -> Draft:
+    """Two added tensors: one of two blocks (b = 1 and tripled), one of 12 entries of which 3 are not zero."""
+    levels = {5: 1, 6: -1, 700: 1, 4095: -1, 4096: -1, 4999: 1}
+    rows = [
+        Row(ADD, 1, levels=[Levels(0, stream(5000, levels, parameter=2 * 8 + 1))]),
+        Row(ADD, 2, levels=[Levels(1, stream(12, {0: -1, 4: 1, 11: 1}, parameter=2))]),
+    ]
+    return Draft(facts(), ["a.0.w", "a.1.b", "b"], [(50, 100), (12,)], rows)
+
+
+def scaled() -> Draft:
+    """The same with a scale for each tensor."""
+    return plain().but(facts=facts(scope="tensor", scale=0.0))
+
+
+def kinds() -> Draft:
+    """A change of every kind, and exact tensors in every role."""
+    names = ["a.weight", "b.bias", "b.weight", "c.weight", "d.running_var", "e.weight", "f.weight", "g.bias"]
+    full = {p: 1 if p % 3 else -1 for p in range(20)}
+    rows = [
+        Row(ADD, 1, levels=[Levels(0, stream(20, full))]),
+        Row(MULTIPLY, 3, fields=varint(0, 1) + text("b") + text("b.bias"), levels=[Levels(1, stream(6, {1: -1, 2: 1}, parameter=0))]),
+        Row(FACTORS, 4, fields=varint(1) + text("c") + struct.pack("<d", 2.0), levels=[
+            Levels(2, stream(14, {0: 1, 9: -1}, parameter=3)), Levels(3, stream(10, {3: -1, 7: 1}, parameter=4)),
+        ]),
+        Row(SET, 0, "classifier.weight", varint(0, 0)),
+        Row(SET, 5, fields=varint(1, 0)),
+        Row(ADD, 6, levels=[Levels(4, stream(9000, {8999: -1}, parameter=2 * 12))]),
+        Row(SET, 6, fields=varint(2, 900)),
+        Row(SET, 7, fields=varint(4, 0)),
+        Row(SET, 0, "lm_head.weight", varint(3, 0)),
+    ]  # fmt: skip
+    exact: list[Tensor] = [
+        ("d.running_var", "I64", [2], struct.pack("<2q", 1, 2)),
+        ("classifier.weight", "F32", [2, 3], struct.pack("<6f", *range(6))),
+        ("e.weight", "BF16", [1, 10], bytes(20)),
+        ("lm_head.weight", "F16", [4], bytes(8)),
+        ("f.weight", "BOOL", [3], bytes([1, 0, 1])),
+    ]
+    return Draft(facts(source="lora", config={"num_beams": 4}), names, [(4, 5), (6,), (2, 7), (5, 2), (900, 10)], rows, exact)
+
+
+def nothing() -> Draft:
+    """An expert without a change, of a base without a tensor."""
+    return Draft(facts(), [], [], [])
+
+
+def edges() -> Draft:
+    """A scalar, a tensor without entries, an empty chunk before a full one's beginning, and names whose parts are shared."""
+    names = ["x", "x.y", "x.y.z", "x.yy", "y"]
+    rows = [
+        Row(ADD, 1, levels=[Levels(0, stream(1, {0: -1}))]),
+        Row(ADD, 2, levels=[Levels(1, stream(0, {}))]),
+        Row(ADD, 4, levels=[Levels(2, stream(CHUNK + 9, {CHUNK + 8: 1}, parameter=1, log2=20))]),
+    ]
+    return Draft(facts(), names, [(), (3, 0), (CHUNK + 9,)], rows)
+
+
+SPECIMENS: dict[str, Callable[[], Draft]] = {"plain": plain, "scaled": scaled, "kinds": kinds, "nothing": nothing, "edges": edges}

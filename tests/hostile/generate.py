@@ -1,0 +1,496 @@
+"""The corpus of hostile files: each breaks one rule of docs/format.md, and is otherwise sound and signed.
+
+    python tests/hostile/generate.py        # writes tests/hostile/corpus anew
+
+`cases.json` tells of each file a phrase that the error must have.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hostile.craft import (
+    ADD,
+    CHUNK,
+    FACTORS,
+    MULTIPLY,
+    SET,
+    Draft,
+    Levels,
+    Row,
+    block,
+    compact,
+    edges,
+    facts,
+    framed,
+    header_of,
+    kinds,
+    name_table,
+    packed,
+    plain,
+    planes,
+    scaled,
+    shape_table,
+    stream,
+    text,
+    varint,
+)
+
+CORPUS = Path(__file__).parent / "corpus"
+Case = tuple[str, str, bytes]
+
+
+def cases() -> Iterator[Case]:
+    """(name, phrase, file)."""
+    yield from not_experts()
+    yield from headers()
+    yield from checksums()
+    yield from header_json()
+    yield from facts_json()
+    yield from tables()
+    yield from changes()
+    yield from indices()
+    yield from planes_cases()
+    yield from too_large()
+
+
+def not_experts() -> Iterator[Case]:
+    yield "empty", "is empty", b""
+    yield "a_few_bytes", "does not begin with a header", b"\x10\0\0\0"
+    yield "text", "does not begin with a header", b"Dear reader, this is no expert.\n"
+    yield "pickle_2", "is a pickle", pickle.dumps({"weight": [1.0, 2.0], "bias": [0.5]}, protocol=2)
+    yield "pickle_4", "is a pickle", pickle.dumps({"weight": [1.0, 2.0], "bias": [0.5]}, protocol=4)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(zipfile.ZipInfo("archive/data.pkl"), pickle.dumps({"weight": [1.0]}, protocol=2))
+    yield "zip", "is a pickle", archive.getvalue()
+    header = {"weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    yield "checkpoint", "not an expert", framed(compact({"__metadata__": {"format": "pt"}, **header}), bytes(8))[:-32]
+    yield "checkpoint_without_metadata", "not an expert", framed(compact(header), bytes(8))[:-32]
+
+
+def headers() -> Iterator[Case]:
+    file = kinds().file()
+    length = struct.unpack("<Q", file[:8])[0]
+    origin = 8 + length
+    for name, at in {"length": 9, "header": length // 2, "exact": origin + 9, "table": origin + 100, "checksum": len(file) - 1}.items():
+        yield f"cut_in_{name}", "cut short", file[:at]
+    yield "cut_streams", "cut short", file[: len(file) - 40]
+    file = plain().file()
+    length = struct.unpack("<Q", file[:8])[0]
+    yield "appended", "something appended", file + b"\0"
+    lies = [
+        ("0", 0, "is not JSON"),
+        ("too_small", length - 8, "is not JSON"),
+        ("too_large", length + 8, "is not JSON"),
+        ("beyond_the_file", len(file), "cut short"),
+        ("100_mb", 100 << 20, "states a header of 104857600 bytes"),
+        ("max", (1 << 64) - 1, "states a header of"),
+    ]
+    for name, stated, phrase in lies:
+        yield f"header_length_{name}", phrase, struct.pack("<Q", stated) + file[8:]
+    yield "header_begins_with_a_space", "does not begin with a header", struct.pack("<Q", length) + b" " + file[9:]
+
+
+def checksums() -> Iterator[Case]:
+    file = plain().file()
+    for name, at in {"streams": len(file) - 33, "header": file.index(b"craft"), "checksum": len(file) - 1}.items():
+        yield f"bit_flipped_in_{name}", "checksum does not match", file[:at] + bytes([file[at] ^ 1]) + file[at + 1 :]
+
+    def without(header: dict[str, Any]) -> None:
+        header["other"] = header.pop("sterna.sha256")
+
+    yield "checksum_missing", "does not end with the tensor 'sterna.sha256'", plain().but(header=without).file()
+
+    def as_words(header: dict[str, Any]) -> None:
+        header["sterna.sha256"] |= {"dtype": "I64", "shape": [4]}
+
+    yield "checksum_as_words", "does not end with the tensor 'sterna.sha256'", plain().but(header=as_words).file()
+    draft = plain()
+    tensors = [("sterna.sha256", "U8", [32], bytes(32)), *draft.tensors]
+    header = header_of(draft.metadata, tensors)
+    header["sterna.sha256"] = {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}
+    moved = framed(compact(header), b"".join(data for _, _, _, data in tensors))[:-32]
+    yield "checksum_first", "does not end with the tensor 'sterna.sha256'", moved
+
+
+def header_json() -> Iterator[Case]:
+    draft = plain()
+    body = b"".join(data for _, _, _, data in draft.tensors)
+    sound = compact(header_of(draft.metadata, draft.tensors))
+
+    def case(name: str, phrase: str, old: str, new: str | bytes) -> Case:
+        assert sound.count(old) == 1, (name, old)
+        before, after = sound.split(old)
+        return name, phrase, framed(before.encode() + (new.encode() if isinstance(new, str) else new) + after.encode(), body)
+
+    table = '"sterna.table":{"dtype":"U8"'
+    yield case("header_not_json", "the header is not JSON", table, '"sterna.table":{dtype:"U8"')
+    yield case("header_not_utf8", "the header is not JSON", '"sterna.table"', b'"sterna.t\xffble"')
+    yield "header_utf16", "the header is not JSON", framed(sound.encode("utf-16-le"), body)
+    yield case("header_half_surrogate", "the header is not JSON", '"sterna.table"', '"\\ud800"')
+    yield case("header_nan", "holds NaN", table, table + ',"shape":[NaN]')
+    yield case("header_tensor_twice", "the header repeats a key", table, '"sterna.table":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},' + table)
+    yield case("header_dtype_twice", "the header repeats a key", table, table + ',"dtype":"U8"')
+    yield case("header_metadata_twice", "the header repeats a key", table, '"__metadata__":{"sterna":"{}"},' + table)
+    yield case("header_metadata_key_twice", "the header repeats a key", '{"sterna":"', '{"sterna":"{}","sterna":"')
+    yield case("header_key_twice_by_escape", "the header repeats a key", table, table + ',"d\\u0074ype":"U8"')
+    yield case("metadata_two_keys", "the one key 'sterna'", '{"sterna":"', '{"format":"pt","sterna":"')
+    yield "metadata_empty", "the one key 'sterna'", draft.but(header=lambda h: h | {"__metadata__": {}}).file()
+    yield "metadata_list", "the one key 'sterna'", draft.but(header=lambda h: h | {"__metadata__": []}).file()
+    yield "metadata_object", "the one key 'sterna'", draft.but(header=lambda h: h | {"__metadata__": {"sterna": facts()}}).file()
+    yield case("header_deep", "the header", table, '"deep":' + "[" * 200 + "]" * 200 + "," + table)
+    yield case("header_very_deep", "the header", table, '"deep":' + "[" * 1100 + "]" * 1100 + "," + table)
+    yield case("header_unclosed", "the header is not JSON", table, '"deep":' + "[" * 1100 + table)
+
+    def entry(name: str, phrase: str, **fields: Any) -> Case:
+        def change(header: dict[str, Any]) -> None:
+            header["sterna.table"] |= fields
+
+        return name, phrase, draft.but(header=change).file()
+
+    size = len(draft.table)
+    counts = "not lists of at most 8 counts"
+    yield entry("dtype_unknown", "has dtype 'F8_E5M2'", dtype="F8_E5M2")
+    yield entry("dtype_number", "has dtype '8'", dtype=8)
+    yield entry("dtype_long", "has dtype 'UUU", dtype="U" * 300)
+    yield entry("dtype_wider", "does not fill its bytes", dtype="I32")
+    yield entry("table_dtype", "lacks the U8 tensors", dtype="I8")
+    yield entry("table_two_dimensions", "lacks the U8 tensors", shape=[size, 1])
+    yield entry("entry_extra_field", "is not a tensor", strides=[1])
+    yield entry("shape_too_large", "does not fill its bytes", shape=[size + 1])
+    yield entry("shape_too_small", "does not fill its bytes", shape=[size - 1])
+    yield entry("shape_negative", counts, shape=[-size])
+    yield entry("shape_fraction", counts, shape=[float(size)])
+    yield entry("shape_bool", counts, shape=[True])
+    yield entry("shape_text", counts, shape=str(size))
+    yield entry("shape_9_dimensions", counts, shape=[size] + [1] * 8)
+    yield entry("shape_2_60", counts, shape=[1 << 60])
+    yield entry("shape_product_2_60", "more than 2^48 entries", shape=[1 << 20] * 3)
+    yield entry("shape_empty_but_huge", "more than 2^48 entries", shape=[0, 1 << 40, 1 << 40])
+    yield entry("shape_huge_number", counts, shape=[10**400])
+    yield case("shape_number_too_long", "the header is not JSON", f'"shape":[{size}]', '"shape":[1' + "0" * 4500 + "]")
+    yield entry("offsets_reversed", "does not fill its bytes", data_offsets=[size, 0])
+    yield entry("offsets_three", "does not fill its bytes", data_offsets=[0, size, size])
+    yield entry("offsets_negative", counts, data_offsets=[-size, 0])
+    yield entry("offsets_beyond_the_file", "leave a hole or overlap", data_offsets=[1 << 40, (1 << 40) + size])
+
+    def shift(at: int, by: int) -> Draft:
+        def change(header: dict[str, Any]) -> None:
+            for name in list(header)[at:]:
+                header[name]["data_offsets"] = [offset + by for offset in header[name]["data_offsets"]]
+
+        return draft.but(header=change)
+
+    yield "hole", "leave a hole or overlap", shift(2, 8).file()
+    yield "overlap", "leave a hole or overlap", shift(2, -1).file()
+    yield "first_hole", "leave a hole or overlap", shift(1, 8).file()
+    yield case("no_table", "lacks the U8 tensors", '"sterna.table"', '"some.table"')
+    yield case("no_streams", "lacks the U8 tensors", '"sterna.streams"', '"some.streams"')
+
+
+def facts_json() -> Iterator[Case]:
+    def raw(name: str, phrase: str, metadata: str) -> Case:
+        return f"facts_{name}", phrase, plain().but(facts=metadata).file()
+
+    def case(name: str, phrase: str, **changes: Any) -> Case:
+        return f"facts_{name}", phrase, plain().but(facts=facts(**changes)).file()
+
+    def base(case_name: str, phrase: str, **changes: Any) -> Case:
+        whole = facts()["base"] | changes
+        return f"facts_base_{case_name}", phrase, plain().but(facts=facts(base={k: v for k, v in whole.items() if v is not None})).file()
+
+    sound = json.dumps(facts(metadata={"by": "me"}), sort_keys=True, separators=(",", ":"))
+    yield raw("empty", "the expert's metadata is not JSON", "")
+    yield raw("not_json", "the expert's metadata is not JSON", sound[:-1])
+    yield raw("list", "is a JSON list", "[]")
+    yield raw("twice", "the expert's metadata repeats a key", sound.replace('"alpha":', '"alpha":1.0,"alpha":'))
+    yield raw("base_twice", "the expert's metadata repeats a key", sound.replace('"name":', '"name":"other","name":'))
+    yield raw("user_twice", "the expert's metadata repeats a key", sound.replace('"by":', '"by":"other","by":'))
+    yield raw("half_surrogate", "the expert's metadata is not JSON", sound.replace('"me"', '"\\udc00"'))
+    for constant in ("NaN", "Infinity", "-Infinity"):
+        yield raw(f"scale_{constant}", f"holds {constant}", sound.replace('"scale":0.5', f'"scale":{constant}'))
+    yield raw("scale_overflows", "scale is inf", sound.replace('"scale":0.5', '"scale":1e999'))
+    yield raw("user_overflows", "metadata is 'its value'; expected plain JSON", sound.replace('"me"', "1e999"))
+    yield raw("deep", "at most 8 deep", sound.replace('"me"', "[" * 9 + "]" * 9))
+    yield raw("very_deep", "the expert's metadata", sound.replace('"me"', "[" * 1100 + "]" * 1100))
+    yield case("tokens_deep", "at most 8 deep", tokens=[{"content": [[[[[[[[[["x"]]]]]]]]]]}])
+    yield case("scale_negative", "scale is -0.5", scale=-0.5)
+    yield case("scale_beyond_float32", "scale is 1e+39", scale=1e39)
+    yield case("scale_huge", "the expert's metadata", scale=10**400)
+    yield case("scale_text", "scale is a str", scale="0.5")
+    yield case("density_0", "density is 0.0", density=0)
+    yield case("density_2", "density is 2.0", density=2)
+    yield case("density_negative", "density is -0.1", density=-0.1)
+    yield case("density_true", "density is a bool", density=True)
+    yield case("alpha_0", "alpha is 0.0", alpha=0.0)
+    yield case("alpha_million", "alpha is 1000000.0", alpha=1e6)
+    yield case("alpha_list", "alpha is a list", alpha=[4.0])
+    yield case("format_2", "use a newer Sterna", format=2)
+    yield case("format_huge", "use a newer Sterna", format=10**300)
+    yield case("format_0", "format is 0", format=0)
+    yield case("format_missing", "format is None", format=None)
+    yield case("format_text", "format is '1'", format="1")
+    yield case("format_true", "format is True", format=True)
+    yield case("unknown_field", "unknown field 'hook'", hook="os.system")
+    yield case("no_method", "lacks the field 'method'", method=None)
+    yield case("no_writer", "lacks the field 'writer'", writer=None)
+    yield case("no_base", "base is a NoneType", base=None)
+    yield case("method_unknown", "method is 'magic'", method="magic")
+    yield case("source_unknown", "source is 'dora'", source="dora")
+    yield case("scope_unknown", "scope is 'row'", scope="row")
+    yield case("parameters_negative", "parameters is -1", parameters=-1)
+    yield case("parameters_huge", "parameters is 1000", parameters=10**400)
+    yield case("parameters_fraction", "parameters is a float", parameters=1.0)
+    yield case("writer_newline", "writer is 'a\\nb'", writer="a\nb")
+    yield case("writer_escape", "writer is 'a\\x1b[2J'", writer="a\x1b[2J")
+    yield case("writer_long", "writer is 'www", writer="w" * 4097)
+    yield case("architecture_code", "architecture is", architecture="__import__('os').system")
+    yield case("prefixes_one", "prefixes are not two", prefixes=["bert."])
+    yield case("prefixes_numbers", "prefixes is a int", prefixes=[1, 2])
+    yield case("dropped_text", "dropped is a str", dropped="pooler")
+    yield case("dropped_escape", "dropped is 'a\\x07'", dropped=["a\x07"])
+    yield case("config_auto_map", "config is 'auto_map'", config={"auto_map": {"AutoModel": "evil.Model"}})
+    yield case("config_trust", "config is 'trust_remote_code'", config={"trust_remote_code": True})
+    yield case("config_private", "config is '_name_or_path'", config={"_name_or_path": "/etc"})
+    yield case("config_list", "config is a list", config=["auto_map"])
+    yield case("tokens_texts", "tokens is a str", tokens=["<x>"])
+    yield base("name_up", "base.name is '../../x'", name="../../x")
+    yield base("name_absolute", "base.name is '/etc/passwd'", name="/etc/passwd")
+    yield base("name_backslash", "base.name is 'a\\\\b'", name="a\\b")
+    yield base("name_escape", "base.name is", name="a\x1b]0;title\x07")
+    yield base("name_missing", "base lacks the field 'name'", name=None)
+    yield base("name_number", "name is a int", name=1)
+    yield base("fingerprint_short", "base.fingerprint is", fingerprint="ab" * 31)
+    yield base("fingerprint_upper", "base.fingerprint is", fingerprint="AB" * 32)
+    yield base("parameters_2_53", "base.parameters is 9007199254740992", parameters=1 << 53)
+    yield base("revision_newline", "base.revision is", revision="a\nb")
+    yield base("unknown_field", "unknown field 'path'", path="/")
+
+
+def tables() -> Iterator[Case]:
+    draft = plain()
+    names, shapes = name_table(draft.names), shape_table(draft.shapes)
+
+    def named(name: str, phrase: str, table: bytes, shorts: bytes | None = None) -> Case:
+        return f"names_{name}", phrase, draft.but(names=table, shorts=bytes(27) if shorts is None else shorts).file()
+
+    def shaped(name: str, phrase: str, table: bytes) -> Case:
+        return f"shapes_{name}", phrase, draft.but(shapes=table).file()
+
+    nothing = [("sterna.table", "U8", [0], b""), ("sterna.streams", "U8", [0], b"")]
+    yield "table_empty", "the table ends early", framed(compact(header_of(draft.metadata, nothing)), b"")
+    yield named("many_parts", "number of name parts is", varint(1 << 40) + names[1:])
+    yield named("more_parts_than_bytes", "number of name parts is", varint(5000) + names[1:])
+    yield named("parts_twice", "name parts are not distinct", varint(2) + text("a") * 2 + varint(1, 0, 1, 0), bytes(9))
+    yield named("part_long", "name part length is 2000", varint(1) + varint(2000))
+    yield named("part_not_utf8", "name part is not UTF-8", varint(1) + text(b"\xff\xfe") + varint(1, 0, 1, 0), bytes(9))
+    yield named("part_escape", "is not printable", varint(1) + text("a\x1b[31m") + varint(1, 0, 1, 0), bytes(9))
+    yield named("part_bidi", "is not printable", varint(1) + text("a\u202eb") + varint(1, 0, 1, 0), bytes(9))
+    yield named("many", "number of names is", varint(1) + text("a") + varint(1 << 30))
+    yield named("more_than_bytes", "number of names is", varint(1) + text("a") + varint(3000, 0, 1, 0))
+    yield named("part_out_of_range", "name part is 3", varint(1) + text("a") + varint(1, 0, 1, 3), bytes(9))
+    yield named("shared_too_many", "shared name parts is 2", varint(1) + text("a") + varint(2, 0, 1, 0, 2, 1, 0), bytes(18))
+    yield named("65_parts", "is longer than 1024 bytes or 64 parts", varint(1) + text("a") + varint(2, 0, 64, *[0] * 64, 64, 1, 0), bytes(18))
+    yield named("new_parts_65", "new name parts is 65", varint(1) + text("a") + varint(1, 0, 65, *[0] * 65), bytes(9))
+    yield named("long", "is longer than 1024 bytes", varint(1) + text("a" * 600) + varint(1, 0, 2, 0, 0), bytes(9))
+    yield named("unsorted", "names are not sorted at 'a'", varint(2) + text("b") + text("a") + varint(2, 0, 1, 0, 0, 1, 1), bytes(18))
+    yield named("same", "names are not sorted at 'a'", varint(1) + text("a") + varint(2, 0, 1, 0, 1, 0), bytes(18))
+    yield named("empty", "is not printable text", varint(1) + text("") + varint(1, 0, 1, 0), bytes(9))
+    yield named("path", "is a path", varint(1) + text("../../x") + varint(1, 0, 1, 0), bytes(9))
+    yield named("path_in_parts", "is a path", varint(2) + text("") + text("/x") + varint(1, 0, 3, 0, 0, 1), bytes(9))
+    yield named("varint_too_long", "number of name parts is longer than 8 bytes", b"\x80" * 8 + b"\x01" + names[1:])
+    yield "shorts_cut", "table", draft.but(shorts=bytes(20)).file()
+    yield shaped("many", "number of shapes is", varint(1 << 20) + shapes[1:])
+    yield shaped("9_dimensions", "number of dimensions is 9", shape_table([(1,) * 9, (12,)]))
+    yield shaped("dimension_2_55", "dimension is", shape_table([(1 << 55,), (12,)]))
+    yield shaped("product_2_60", "more than 2^48 entries", shape_table([(1 << 20, 1 << 20, 1 << 20), (12,)]))
+    yield shaped("empty_but_huge", "more than 2^48 entries", shape_table([(0, 1 << 40, 1 << 40), (12,)]))
+    yield "rows_many", "number of changes is", draft.but(row_count=1 << 30).file()
+    yield "rows_more", "the table ends early", draft.but(row_count=3, table_tail=b"\0").file()
+    yield "rows_fewer", "belong to nothing", draft.but(row_count=1).file()
+    yield "table_tail", "1 bytes of the table and 0 bytes of the streams belong to nothing", draft.but(table_tail=b"\0").file()
+    yield "streams_tail", "0 bytes of the table and 3 bytes of the streams belong to nothing", draft.but(streams_tail=b"abc").file()
+    yield "unlisted_tensor", "does not tell of: 'spare'", draft.but(exact=[("spare", "U8", [3], b"abc")]).file()
+    yield "unlisted_tensor_escape", "does not tell of: 'a\\nb'", draft.but(exact=[("a\nb", "U8", [3], b"abc")]).file()
+
+
+def changes() -> Iterator[Case]:
+    draft = plain()
+    small = Levels(1, stream(12, {3: 1}))
+    first = Row(ADD, 1, levels=[small])
+
+    def rows(name: str, phrase: str, *listed: Row, **pieces: Any) -> Case:
+        return f"row_{name}", phrase, draft.but(rows=list(listed), **pieces).file()
+
+    def ternary(name: str, phrase: str, levels: Levels, **pieces: Any) -> Case:
+        return rows(name, phrase, Row(ADD, 1, levels=[levels]), **pieces)
+
+    tensorwise = {"facts": scaled().facts}
+    yield rows("kind_unknown", "kind of change is 4", Row(4, 1, levels=[small]))
+    yield rows("kind_huge", "kind of change is 127", Row(127, 1, levels=[small]))
+    yield rows("name_out_of_range", "name is 4", Row(ADD, 4, levels=[small]))
+    yield rows("name_path", "is a path", Row(ADD, 0, "../../x", levels=[small]))
+    yield rows("name_empty", "is not printable text", Row(ADD, 0, "", levels=[small]))
+    yield rows("name_escape", "is not printable", Row(ADD, 0, "a\x1b[2J", levels=[small]))
+    yield rows("name_not_utf8", "is not UTF-8", Row(ADD, 0, b"\xc3\x28", levels=[small]))
+    yield rows("name_long", "name length is", Row(ADD, 0, "a" * 1025, levels=[small]))
+    yield rows("unsorted", "not in order of their names at 'a.0.w'", Row(ADD, 2, levels=[small]), first)
+    yield rows("twice", "not in order of their names at 'a.0.w'", first, first)
+    yield ternary("coding_unknown", "uses coding 7", Levels(1, small.stream, coding=7))
+    yield ternary("coding_huge", "coding is 300", Levels(1, small.stream, coding=300))
+    yield ternary("shape_out_of_range", "shape number is 2", Levels(2, small.stream))
+    yield ternary("no_shapes", "shape number is 1", small, shapes=[])
+    yield ternary("length_beyond", "stream length is", Levels(1, small.stream, length=1000))
+    yield ternary("length_short", "block index is not well-formed", Levels(1, small.stream, length=2))
+    yield ternary("length_0", "block index is not well-formed", Levels(1, small.stream, length=0))
+    yield ternary("scale_nan", "scale is nan", Levels(1, small.stream, scale=struct.pack("<f", float("nan"))), **tensorwise)
+    yield ternary("scale_inf", "scale is inf", Levels(1, small.stream, scale=struct.pack("<f", float("inf"))), **tensorwise)
+    yield ternary("scale_negative", "scale is -1.0", Levels(1, small.stream, scale=struct.pack("<f", -1.0)), **tensorwise)
+    yield ternary("scale_cut", "the table ends early", Levels(1, small.stream, scale=b"\0"), **tensorwise)
+
+    def factors(name: str, phrase: str, a: tuple[int, ...], b: tuple[int, ...], scaling: float = 1.0, flags: int = 0) -> Case:
+        def levels(shape: int, of: tuple[int, ...]) -> Levels:
+            entries = 1
+            for n in of:
+                entries *= n
+            return Levels(shape, stream(entries, {0: 1} if entries else {}, log2=20) if entries <= 1 << 27 else b"")
+
+        row = Row(FACTORS, 1, fields=varint(flags) + text("a.0") + struct.pack("<d", scaling), levels=[levels(0, a), levels(1, b)])
+        return f"factors_{name}", phrase, draft.but(rows=[row], shapes=[a, b]).file()
+
+    shapes = "expected [r, in] and [out, r]"
+    yield factors("ranks_differ", shapes, (2, 7), (5, 3))
+    yield factors("one_dimension", shapes, (2,), (5, 2))
+    yield factors("scalar", shapes, (2, 7), ())
+    yield factors("rank_0", shapes, (0, 1 << 40), (1 << 40, 0))
+    yield factors("empty", shapes, (1, 1 << 27), (0, 1))
+    yield factors("trailing", shapes, (2, 7), (5, 2, 3))
+    yield factors("product_2_54", "more than 2^48 entries", (1, 1 << 27), (1 << 27, 1))
+    yield factors("flags", "flags is 4", (2, 7), (5, 2), flags=4)
+    yield factors("scaling_nan", "scaling is nan", (2, 7), (5, 2), float("nan"))
+    yield factors("scaling_inf", "scaling is -inf", (2, 7), (5, 2), float("-inf"))
+    yield factors("scaling_overflows", "values that float32 cannot hold", (2, 7), (5, 2), 1e300)
+
+    def multiply(number: int, fields: bytes) -> Row:
+        return Row(MULTIPLY, number, fields=fields, levels=[small])
+
+    key, bias = text("a.0"), text("a.b")
+    yield rows("axis_8", "axis is 8", multiply(1, varint(8, 0) + key))
+    yield rows("biased_2", "flag is 2", multiply(1, varint(0, 2) + key))
+    yield rows("key_path", "is a path", multiply(1, varint(0, 0) + text("../x")))
+    yield rows("bias_path", "is a path", multiply(1, varint(0, 1) + key + text("/x")))
+    yield rows("bias_twice", "biases are changed twice", multiply(1, varint(0, 1) + key + bias), multiply(2, varint(0, 1) + key + bias))
+    yield rows("bias_and_row", "biases are changed twice", multiply(1, varint(0, 1) + key + text("a.1.b")), Row(ADD, 2, levels=[small]))
+
+    head = ("head", "F32", [2], bytes(8))
+    yield rows("role_unknown", "role is 5", Row(SET, 0, "head", varint(5, 0)), exact=[head])
+    yield rows("first_row_of_head", "first row is 3", Row(SET, 0, "head", varint(0, 3)), exact=[head])
+    yield rows("first_row_huge", "first row is", Row(SET, 0, "head", varint(2, 1 << 50)), exact=[head])
+    yield rows("exact_missing", "exact tensor 'head' that the file lacks", Row(SET, 0, "head", varint(0, 0)))
+    yield rows("exact_is_table", "exact tensor 'sterna.table' that the file lacks", Row(SET, 0, "sterna.table", varint(0, 0)))
+    yield rows("exact_path", "is a path", Row(SET, 0, "../../x", varint(0, 0)), exact=[("../../x", "F32", [2], bytes(8))])
+    yield rows("exact_bool", "neither 0 nor 1", Row(SET, 0, "head", varint(0, 0)), exact=[("head", "BOOL", [3], bytes([0, 1, 2]))])
+    yield rows("set_twice", "exact tensor 'head' that the file lacks", *[Row(SET, 0, "head", varint(0, 0))] * 2, exact=[head])
+
+
+def of_stream(name: str, phrase: str, raw: bytes, entries: int = 12) -> Case:
+    """A file with one added tensor of that stream, and a sound one after it whose bytes a reader could stray into."""
+    rows = [Row(ADD, 1, levels=[Levels(0, raw)]), Row(ADD, 2, levels=[Levels(1, stream(12, dict.fromkeys(range(12), 1)))])]
+    return f"stream_{name}", phrase, plain().but(shapes=[(entries,), (12,)], rows=rows).file()
+
+
+def indices() -> Iterator[Case]:
+    bad = "block index is not well-formed"
+    index, payload = block([1, 5, 9], [0, 1, 0], 2)
+    yield of_stream("empty", bad, b"")
+    yield of_stream("of_no_entries", bad, b"\x0c", 0)
+    yield of_stream("log2_21", bad, bytes([21]) + index + payload)
+    yield of_stream("log2_255", bad, bytes([255]) + index + payload)
+    yield of_stream("index_cut", bad, bytes([12]) + index[:1])
+    yield of_stream("payload_cut", bad, bytes([12]) + index + payload[:-1])
+    yield of_stream("payload_long", bad, bytes([12]) + index + payload + b"\0")
+    yield of_stream("count_above_size", bad, bytes([12]) + varint(13) + index[1:] + payload)
+    yield of_stream("count_2_34", bad, bytes([12]) + varint(1 << 34) + index[1:] + payload)
+    yield of_stream("count_varint_long", bad, bytes([12]) + b"\x83\x80\x80\x80\x80\x00" + index[1:] + payload)
+    yield of_stream("length_2_34", bad, bytes([12]) + index[:2] + varint(1 << 34) + payload)
+    yield of_stream("length_0", bad, bytes([12]) + index[:2] + varint(0))
+    yield of_stream("parameter_42", bad, bytes([12]) + bytes([index[0], 42]) + varint(24) + payload + bytes(22))
+    yield of_stream("parameter_254", bad, bytes([12]) + bytes([index[0], 254]) + index[2:] + payload)
+    yield of_stream("planes_beyond", bad, bytes([12]) + bytes([index[0], 40]) + index[2:] + payload)
+    yield of_stream("full_count_below_size", bad, bytes([12]) + varint(11) + bytes([255]) + varint(2) + bytes(2))
+    yield of_stream("full_length", bad, bytes([12]) + varint(12) + bytes([255]) + varint(3) + bytes(3))
+    yield of_stream("chunk_missing", bad, bytes([20]) + varint(0), CHUNK + 1)
+    yield of_stream("chunk_too_many", bad, (bytes([20]) + varint(0)) * 2, CHUNK)
+    yield of_stream("blocks_missing", bad, bytes([2]) + varint(0, 0))
+    yield of_stream("blocks_too_many", bad, bytes([2]) + varint(0, 0, 0, 0))
+
+
+def planes_cases() -> Iterator[Case]:
+    bad = "does not decode within its bounds"
+
+    def bits(name: str, listed: list[int], n: int, parameter: int, entries: int = 12) -> Case:
+        payload = packed(listed)
+        return of_stream(name, bad, bytes([12]) + varint(n) + bytes([parameter]) + varint(len(payload)) + payload, entries)
+
+    sound = planes([1, 5, 9], [0, 1, 0], 2)
+    yield bits("quotients_missing", [0] * 32, 3, 0)
+    yield bits("last_quotient_missing", [*sound[:-1], 0], 3, 2)
+    yield bits("last_quotient_in_next_block", [0, 0, 0, 1, 1, 0, 0, 0], 3, 0)
+    yield bits("spare_byte", [*sound, *[0] * 16], 3, 2)
+    yield bits("position_at_end", planes([1, 5, 12], [0, 0, 0], 2), 3, 2)
+    yield bits("position_far_beyond", planes([1, 5, 4000], [0, 0, 0], 8), 3, 8)
+    yield bits("positions_all_beyond", planes([90, 91, 92], [0, 0, 0], 0), 3, 0)
+    yield bits("tripled_quotients_missing", [0] * 40, 3, 5)
+    yield bits("tripled_position_at_end", planes([1, 5, 12], [0, 0, 0], 1), 3, 1)
+    yield bits("tripled_spare_byte", [*planes([1, 5, 9], [0, 1, 0], 1), *[0] * 9], 3, 1)
+    yield bits("largest_parameter", [0] * 3 + [1] * 63 + [1] * 6 + [1] * 3, 3, 41)
+
+
+def too_large() -> Iterator[Case]:
+    """Sound files that ask for far more memory, once they are made dense, than any file of their size should get."""
+    takes = "the dense task vector takes"
+    claims = facts(base=facts()["base"] | {"parameters": 1 << 50})
+    empty = (bytes([20]) + varint(0)) * 512
+    rows = [Row(ADD, 1, levels=[Levels(0, empty)])]
+    yield "dense_2_29", takes, plain().but(facts=claims, shapes=[(1 << 29,)], rows=rows).file()
+    yield "dense_beyond_base", takes, plain().but(shapes=[(1 << 17,)], rows=[Row(ADD, 1, levels=[Levels(0, bytes([20, 0]))])]).file()
+    wide = (bytes([20]) + varint(0)) * 16
+    row = Row(FACTORS, 1, fields=varint(0) + text("a.0") + struct.pack("<d", 1.0), levels=[Levels(0, wide), Levels(1, wide)])
+    yield "product_2_48", takes, plain().but(facts=claims, shapes=[(1, 1 << 24), (1 << 24, 1)], rows=[row]).file()
+    row = Row(FACTORS, 1, fields=varint(0) + text("a.0") + struct.pack("<d", 1.0), levels=[Levels(0, empty), Levels(1, bytes([20, 0]))])
+    yield "factor_2_29", takes, plain().but(facts=claims, shapes=[(1 << 20, 1 << 9), (1, 1 << 20)], rows=[row]).file()
+    needs = "difference to the base"
+    yield "needs_its_base", needs, kinds().file()
+    yield (
+        "multiply_needs_its_base",
+        needs,
+        edges().but(rows=[Row(MULTIPLY, 1, fields=varint(0, 0) + text("x"), levels=[Levels(0, stream(1, {}))])]).file(),
+    )
+
+
+def main() -> None:
+    CORPUS.mkdir(exist_ok=True)
+    for old in CORPUS.iterdir():
+        old.unlink()
+    phrases = {}
+    for name, phrase, file in cases():
+        assert name not in phrases, name
+        phrases[name] = phrase
+        (CORPUS / f"{name}.safetensors").write_bytes(file)
+    (CORPUS / "cases.json").write_text(json.dumps(phrases, indent=0, sort_keys=True) + "\n")
+    print(f"{len(phrases)} files, {sum(path.stat().st_size for path in CORPUS.iterdir())} bytes")
+
+
+if __name__ == "__main__":
+    main()
