@@ -6,12 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import models
 import peft
 import pytest
 import torch
 import transformers
 
+import models
 import sterna
 from sterna.errors import InvalidArgument, PairingError, Unsupported
 from sterna.expert.changes import Factors, Multiply, Set
@@ -185,8 +185,8 @@ def test_bad_adapters(tmp_path: Path) -> None:
     made = Made("bert", tmp_path)
     with pytest.raises(InvalidArgument, match="exclude does not apply"):
         sterna.compress(made.base, made.adapter, exclude=["*query*"])
-    other = transformers.BertModel(models.bert_config(hidden_act="relu"))
-    other = transformers.BertModel(transformers.BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24))
+    shape = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    other = transformers.BertModel(transformers.BertConfig(**shape))
     with pytest.raises(PairingError, match=r"attention\.self\.query"):
         sterna.compress(other, made.adapter)
     unmerged = peft.get_peft_model(made.live(), lora(target_modules=["query"]))

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
 import pytest
 import torch
+
+import models
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -31,6 +31,9 @@ from sterna.taskvector import F32, Piece
 
 T = TypeVar("T")
 
+_MOST_THREADS = 8
+"""Each works on chunks of its own, some 80 MB with what the allocator keeps: many more would break the bound on memory."""
+
 
 def kept_entries(density: float, entries: int) -> int:
     """floor(density * entries), the density taken as the decimal number that it is written as: 0.29 of 100 is 29."""
@@ -195,7 +198,7 @@ def _no_room(error: OSError) -> CannotWrite:
 
 def _ordered(work: Callable[[_Chunk], T], chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, T]]:
     """(chunk, work(chunk)) in order, by torch's number of threads, with no more than a few results waiting."""
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
     if threads == 1 or len(chunks) < 2:
         for chunk in chunks:
             yield chunk, work(chunk)

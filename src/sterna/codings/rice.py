@@ -291,8 +291,8 @@ def _decode_tripled(data, start, end, n, b, size, codes, out):
     third_at = low_at + n * b
     which_at = third_at + n
     at = which_at
-    for i in range(_U(0), n, _U(56)):
-        at += population(_bits(data, third_at + i) & ((_U(1) << min(_U(56), n - i)) - _U(1)))
+    for k in range(_U(0), n, _U(56)):
+        at += population(_bits(data, third_at + k) & ((_U(1) << min(_U(56), n - k)) - _U(1)))
     quotient_at = at
     bit = _U(0)
     base = _U(0)
