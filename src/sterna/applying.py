@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Change, Factors, Multiply, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Joined, Multiply, Set, Ternary
 from sterna.expert.container import ITEM_BYTES, Part, safetensors_pieces
 from sterna.expert.expert import Expert, exact_bytes, new_value
 from sterna.expert.file import CODES, load
@@ -140,7 +140,7 @@ def _tuned(base: Checkpoint, name: str, changes: Sequence[Change], dtype: torch.
     for change in changes:
         if isinstance(change, Add):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-            for step in sparse_adds([(tensor, change.levels)]):
+            for step in sparse_adds([tensor], Joined.of([change.levels])):
                 step.apply()
         else:
             tensor = new_value(change, tensor).to(dtype)

@@ -59,8 +59,8 @@ def tensor_digest(tensor: torch.Tensor, rounded_to: torch.dtype = torch.float32)
     """
     sha = hashlib.sha256(struct.pack(f"<B{tensor.dim()}Q", tensor.dim(), *tensor.shape))
     flat = tensor.detach().reshape(-1)
-    narrow = torch.empty(min(_SLICE, flat.numel()), dtype=rounded_to) if rounded_to != torch.float32 else None
-    wide = torch.empty(min(_SLICE, flat.numel()), dtype=torch.float32)
+    narrow = torch.empty(min(_SLICE, flat.numel()), dtype=rounded_to, device="cpu") if rounded_to != torch.float32 else None
+    wide = torch.empty(min(_SLICE, flat.numel()), dtype=torch.float32, device="cpu")
     for start in range(0, flat.numel(), _SLICE):
         part = flat[start : start + _SLICE]
         if part.dtype == torch.float64 and rounded_to == torch.float32 and not torch.equal(part.float().double(), part):
@@ -104,10 +104,10 @@ def _in_threads(function: Callable[[torch.Tensor], T], items: list[torch.Tensor]
 
 
 class LiveDigests:
-    """Digests of live tensors, remembered by the tensor, its data pointer and its version, so that a swap does not hash again."""
+    """Digests of live tensors, remembered by the tensor, its data pointer, version and layout, so that a swap does not hash again."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, int, torch.dtype, bytes]] = {}  # by id: a tensor's == compares values
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], tuple[object, ...], bytes]] = {}  # by id: a tensor's == compares values
 
     def of(self, tensors: list[torch.Tensor]) -> list[bytes]:
         """32-byte digests of the tensors as they are now."""
@@ -115,7 +115,7 @@ class LiveDigests:
         missing = [tensor for tensor, digest in zip(tensors, found, strict=True) if digest is None]
         for tensor, digest in zip(missing, _in_threads(tensor_digest, missing), strict=True):
             self.remember(tensor, digest)
-        hashed = {id(tensor): self._known[id(tensor)][4] for tensor in missing}
+        hashed = {id(tensor): self._known[id(tensor)][2] for tensor in missing}
         return [digest if digest is not None else hashed[id(tensor)] for tensor, digest in zip(tensors, found, strict=True)]
 
     def remember(self, tensor: torch.Tensor, digest: bytes) -> None:
@@ -123,7 +123,7 @@ class LiveDigests:
         key = id(tensor)
         known = self._known.get(key)
         reference = known[0] if known is not None and known[0]() is tensor else weakref.ref(tensor, lambda gone: self._forget(key, gone))
-        self._known[key] = (reference, tensor.data_ptr(), tensor._version, tensor.dtype, digest)
+        self._known[key] = (reference, _state(tensor), digest)
 
     def _forget(self, key: int, gone: weakref.ref[torch.Tensor]) -> None:
         known = self._known.get(key)
@@ -132,9 +132,13 @@ class LiveDigests:
 
     def _lookup(self, tensor: torch.Tensor) -> bytes | None:
         known = self._known.get(id(tensor))
-        if known is None or known[0]() is not tensor or known[1:4] != (tensor.data_ptr(), tensor._version, tensor.dtype):
+        if known is None or known[0]() is not tensor or known[1] != _state(tensor):
             return None
-        return known[4]
+        return known[2]
+
+
+def _state(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
 
 
 @dataclass(frozen=True, slots=True)

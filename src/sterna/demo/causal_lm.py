@@ -5,6 +5,8 @@ Reading the quantized file takes about twenty seconds, so benchmarks and tests u
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from pathlib import Path
 
@@ -31,7 +33,8 @@ def causal_lm_folder(cache: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial, quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing switches off
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         # The weights are plain floats now; transformers would otherwise refuse to save them as a quantized model.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

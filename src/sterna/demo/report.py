@@ -131,6 +131,9 @@ class DemoResult:
     def lines(self) -> list[str]:
         live, steps, speed, machine = self.live, self.live.steps, self.live.latency, self.machine
         first, second = live.experts
+        training = (
+            f"{self.seconds['training'] / 60:.1f} of them for training" if "training" in self.seconds else "the trainings kept from an earlier run"
+        )
         return [
             f"On one live model: {first} {live.accuracies[0].value:.1%}, then swapped to {second} {live.accuracies[1].value:.1%}, then detached; "
             f"every tensor of the base as it was, to the bit: {'yes' if live.restored else 'NO'}.",
@@ -139,11 +142,12 @@ class DemoResult:
             f"Inference with an expert on against the bare base, {speed.batch} x {speed.length} tokens: {speed.ratio.value:.3f} times "
             f"({speed.ratio.low:.3f} to {speed.ratio.high:.3f}) of {speed.base:.1f} ms.",
             *(task.line for task in self.tasks),
-            "Scales were chosen on the validation texts only. Intervals are 95 %: Wilson's for an accuracy, bootstrap over the same test texts for a "
+            "Scale: a factor on the task vector (x), or alpha, what each kept entry is worth in standard deviations of the task vector (std); "
+            "chosen on the validation texts only. Intervals are 95 %: Wilson's for an accuracy, bootstrap over the same test texts for a "
             "difference, Student's on paired runs for a latency.",
             "Words alone: tf-idf and logistic regression on the tokens that the model sees. Base alone: the untouched base with the trained head.",
             "Bytes include the header and the head. Uncompressed: 16 bits an entry, head too. Prune only: our coded positions, values of 16 bits. "
             "STC: as ComPEFT, whose payload is the same. To 16 bit: the uncompressed bytes over these.",
             f"Machine: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}; "
-            f"{sum(self.seconds.values()) / 60:.1f} minutes, of which {self.seconds.get('training', 0.0) / 60:.1f} for training.",
+            f"{sum(self.seconds.values()) / 60:.1f} minutes, {training}.",
         ]

@@ -25,7 +25,7 @@ from sterna.demo.study import Findings, Study, findings
 from sterna.demo.subjects import full_subject, lora_subject
 from sterna.demo.tables import read_rows
 from sterna.demo.timing import latency, live_steps
-from sterna.demo.training import Recipe, load_lora, trained
+from sterna.demo.training import Recipe, load_lora, run_folder, train
 from sterna.errors import CannotWrite
 from sterna.progress import Progress, silent
 
@@ -36,7 +36,7 @@ def run_demo(options: DemoOptions | None = None, progress: Progress = silent) ->
     The trainings are kept in the cache under a digest of all that determines them, so a second run only evaluates.
 
     Raises:
-        SternaError: see `checked`, `read_rows`, `split_rows`, `model_folder`, `trained`, and the product's own errors.
+        SternaError: see `checked`, `read_rows`, `split_rows`, `model_folder`, `train`, and the product's own errors.
     """
     options = checked(options or DemoOptions())
     check_needs()
@@ -98,15 +98,17 @@ class Clock:
 
 
 def _study(task: Task, recipe: Recipe, base: Path, tokenizer: Any, cache: Path, clock: Clock, progress: Progress) -> Study:
-    train, validation, test = (tokenized(tokenizer, split, recipe.max_length) for split in (task.train, task.validation, task.test))
-    with clock("training"):
-        step = counter(progress, f"training on {task.name}", recipe.epochs * len(train), "texts")
-        folder = trained(recipe, base, task, train, tokenizer, cache / "demo" / "runs", step)
+    train_tokens, validation, test = (tokenized(tokenizer, split, recipe.max_length) for split in (task.train, task.validation, task.test))
+    folder = run_folder(recipe, base, task, cache / "demo" / "runs")
+    if not folder.is_dir():
+        with clock("training"):
+            step = counter(progress, f"training on {task.name}", recipe.epochs * len(train_tokens), "texts")
+            train(recipe, base, task, train_tokens, tokenizer, folder, step)
     if recipe.kind == "full":
         subject = full_subject(load_classifier(folder, None, tokenizer), load_classifier(base, task.classes, tokenizer))
     else:
         subject = lora_subject(load_lora(base, folder, task, tokenizer))
-    return Study(task.name, base, folder, subject, tokenizer, train, validation, test)
+    return Study(task.name, base, folder, subject, tokenizer, train_tokens, validation, test)
 
 
 def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], options: DemoOptions, progress: Progress) -> LiveResult:

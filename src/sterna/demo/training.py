@@ -41,17 +41,20 @@ def training_key(recipe: Recipe, base: Path, task: Task) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def trained(recipe: Recipe, base: Path, task: Task, tokens: Tokens, tokenizer: Any, runs: Path, step: Callable[[int], None]) -> Path:
-    """The folder of the trained model, or of its PEFT adapter: from the cache, or trained now.
+def run_folder(recipe: Recipe, base: Path, task: Task, runs: Path) -> Path:
+    """Where the training's result lies, or will lie: a model folder, or a PEFT adapter's."""
+    return runs / f"{recipe.kind}-{training_key(recipe, base, task)}"
 
-    `step` hears of the rows of every optimizer step. An interrupted training leaves nothing behind.
+
+def train(recipe: Recipe, base: Path, task: Task, tokens: Tokens, tokenizer: Any, target: Path, step: Callable[[int], None]) -> None:
+    """Train, and rename the result to `target` when it is whole; an interrupted training leaves nothing behind.
+
+    `step` hears of the rows of every optimizer step.
 
     Raises:
         CannotWrite: the cache folder cannot be written.
     """
-    target = runs / f"{recipe.kind}-{training_key(recipe, base, task)}"
-    if target.is_dir():
-        return target
+    runs = target.parent
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=runs, prefix=".partial-") as partial:
@@ -62,7 +65,6 @@ def trained(recipe: Recipe, base: Path, task: Task, tokens: Tokens, tokenizer: A
         if isinstance(error, SternaError):
             raise
         raise CannotWrite(f"cannot keep the trained model in {runs}: {error.strerror or error}; set STERNA_CACHE to another folder") from error
-    return target
 
 
 def _train(recipe: Recipe, base: Path, task: Task, tokens: Tokens, tokenizer: Any, into: Path, step: Callable[[int], None]) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sterna.codings import CHUNK, I64, U8, Blocks, Coding
+from sterna.codings import CHUNK, I64, U8, U32, Blocks, Coding
 
 if TYPE_CHECKING:
     import torch
+
+BATCH = 1 << 15
 
 Role = Literal["head", "buffer", "rows", "untied", "saved"]
 
@@ -75,6 +78,45 @@ class Ternary:
         for codes in self.batches():
             dense[codes >> 1] = 1 - 2 * (codes & 1)
         return dense.reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    """The blocks of many ternary tensors in one row, and the batches in which they are decoded: about BATCH non-zeros, whose codes stay in cache.
+
+    Columns with a value for each block: `tensor` its number among `ternaries`, `scales`, and `saved_from`, the non-zeros before it.
+    Batch i has the blocks batches[i]:batches[i + 1]; `room` is the most non-zeros in one.
+    """
+
+    ternaries: tuple[Ternary, ...]
+    blocks: Blocks
+    tensor: I64
+    scales: NDArray[np.float32]
+    saved_from: I64
+    count: int
+    batches: list[int]
+    room: int
+
+    @classmethod
+    def of(cls, ternaries: Sequence[Ternary]) -> Joined:
+        """Join tensors that lie in one buffer, under one coding."""
+        lengths = [len(t.blocks) for t in ternaries]
+        empty = np.empty(0, np.int64)
+        blocks = Blocks(*(np.concatenate([empty, *(getattr(t.blocks, column) for t in ternaries)]) for column in Blocks.__slots__))
+        ends = np.cumsum(blocks.count)
+        saved_from = ends - blocks.count
+        count = int(ends[-1]) if ends.size else 0
+        starts = np.searchsorted(saved_from, np.arange(0, max(count, 1), BATCH)).tolist()
+        batches = list(dict.fromkeys([0, *starts, len(blocks)]))
+        room = max((int(ends[last - 1] - saved_from[first]) for first, last in pairwise(batches)), default=0)
+        scales = np.repeat(np.array([t.scale for t in ternaries], np.float32), lengths)
+        return cls(tuple(ternaries), blocks, np.repeat(np.arange(len(ternaries)), lengths), scales, saved_from, count, batches, room)
+
+    def decode(self, batch: int, codes: U32) -> tuple[int, int]:
+        """Write the batch's codes, counted in their blocks, and return its first block and the one after its last. Raises InvalidFile."""
+        first, last = self.batches[batch], self.batches[batch + 1]
+        self.ternaries[0].coding.decode(self.ternaries[0].data, self.blocks, first, last, codes)
+        return first, last
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,17 +64,19 @@ def read(path: str | os.PathLike[str]) -> Container:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _refuse_header(file.read(9), size, name)
+            file.seek(8)
+            header = file.read(length)
+            layout = _prefixed(name, lambda: _layout(header, size))
             file.seek(0)
             data = np.zeros(size + PADDING, np.uint8)
-            whole = memoryview(data)[:size]
-            got = file.readinto(whole[: 8 + length])
-            layout = _prefixed(name, lambda: _layout(data, length))
-            got += file.readinto(whole[8 + length :])
+            got = file.readinto(memoryview(data)[:size])
     except FileNotFoundError:
         raise NotFound(f"{name} does not exist") from None
     except OSError as error:
         raise NotFound(f"{name} cannot be read: {error.strerror}") from error
-    if got != size:
+    except MemoryError:
+        raise InvalidFile(f"{name} has {size} bytes, more than there is memory for") from None
+    if got != size or data[8 : 8 + length].tobytes() != header:
         raise InvalidFile(f"{name} changed while it was read")
     return _prefixed(name, lambda: _verified(data, *layout))
 
@@ -108,18 +110,17 @@ def parse(data: U8) -> Container:
     """Check the safetensors structure of `data` (the file, then PADDING bytes), and the checksum."""
     size = data.size - PADDING
     length = _refuse_header(data[: min(9, size)].tobytes(), size, "the file")
-    return _verified(data, *_layout(data, length))
+    return _verified(data, *_layout(data[8 : 8 + length].tobytes(), size))
 
 
-def _layout(data: U8, length: int) -> tuple[str, dict[str, Entry]]:
-    """The metadata's text and the tensors' places, from a header of `length` bytes; they fill the file without a hole."""
-    size = data.size - PADDING
-    header = parse_json(data[8 : 8 + length].tobytes(), "the header")
+def _layout(text: bytes, size: int) -> tuple[str, dict[str, Entry]]:
+    """The metadata's text and the tensors' places, from the header of a file of `size` bytes; they fill it without a hole."""
+    header = parse_json(text, "the header")
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or set(metadata) != {KEY} or not isinstance(metadata[KEY], str):
         raise InvalidFile(f"a safetensors file, but not an expert: expected metadata with the one key {KEY!r}")
-    entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
-    at = 8 + length
+    at = 8 + len(text)
+    entries = {name: _entry(name, value, at) for name, value in header.items()}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != at:
             raise InvalidFile(f"the header's tensors leave a hole or overlap at {name[:80]!r}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Change, Factors, Multiply, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Joined, Multiply, Set, Ternary
 from sterna.expert.facts import Facts
 from sterna.fingerprint import Fingerprint
 
@@ -93,6 +93,11 @@ class Expert:
         """Every coded tensor, in the file's order."""
         for change in self.changes:
             yield from change.ternaries
+
+    @cached_property
+    def adds(self) -> Joined:
+        """The levels of the `Add` changes, in their order, joined for attaching."""
+        return Joined.of([change.levels for change in self.changes if isinstance(change, Add)])
 
     def check(self) -> None:
         """Decode every stream once, a few blocks at a time; InvalidFile where one is damaged."""

@@ -16,7 +16,10 @@ from sterna.numbers.machine import prefetch
 FLOAT, BF16, FP16 = range(3)
 """How a live word is read: as the float that it is, or as the bits of a 16-bit float."""
 
-_AHEAD = np.uint64(64)
+AHEAD = 64
+"""Codes that the loops look ahead, and so may read beyond the last one."""
+
+_AHEAD = np.uint64(AHEAD)
 _U = np.uint64
 
 

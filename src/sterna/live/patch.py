@@ -7,11 +7,10 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongModel
 from sterna.expert.changes import Add, Factors, Multiply, Set
@@ -25,7 +24,7 @@ from sterna.sources.names import some
 from sterna.sources.stored import unwrap
 
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
-_patched = WeakTensorKeyDictionary()  # tensors under some patch, so that a part of a patched model is not patched again
+_patched: dict[int, weakref.ref[_Plan]] = {}  # by id, tensors under a plan that holds them: a part of a patched model is not patched again
 _digests = LiveDigests()
 _attaching = threading.Lock()
 
@@ -164,8 +163,7 @@ class _Plan:
         return {place: tensor for step in self.steps if isinstance(step, Replace) for place, tensor in step.originals.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
+class _State(NamedTuple):
     """What a touched tensor was when our own writes ended, and what hung in its place in the model."""
 
     layout: tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
@@ -181,11 +179,10 @@ class _State:
 
 def _apply(plan: _Plan) -> None:
     try:
-        with torch.no_grad():
+        with _plainly(plan):
             for step in plan.steps:
                 step.apply()
-        for tensor in plan.touched:
-            _patched[tensor] = True
+        _patched.update(dict.fromkeys(map(id, plan.touched), weakref.ref(plan)))
         _settle(plan)
     except BaseException:
         _revert(plan)
@@ -195,14 +192,25 @@ def _apply(plan: _Plan) -> None:
 def _revert(plan: _Plan) -> None:
     """Undo whatever of the plan is on the model."""
     try:
-        with torch.no_grad():
+        with _plainly(plan):
             for step in reversed(plan.steps):
                 step.revert()
         for tensor in plan.touched:
-            if tensor in _patched:
-                del _patched[tensor]
+            _patched.pop(id(tensor), None)
     finally:
         _settle(plan)  # an interrupted undo can then be taken up again
+
+
+@contextlib.contextmanager
+def _plainly(plan: _Plan) -> Iterator[None]:
+    """Without autograd, inference tensors or autocast, whatever the caller has switched on."""
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        for kind in {tensor.device.type for tensor in plan.touched}:
+            if torch.amp.is_autocast_available(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _settle(plan: _Plan) -> None:
@@ -229,6 +237,11 @@ def _refuse_changed(plan: _Plan, force: bool = False) -> None:
         plan.base_digests.pop(position, None)
 
 
+def _is_patched(tensor: torch.Tensor) -> bool:
+    plan = _patched.get(id(tensor), lambda: None)()
+    return plan is not None and any(tensor is touched for touched in plan.touched)
+
+
 def _loaded(expert: Expert | str | os.PathLike[str]) -> Expert:
     if isinstance(expert, Expert):
         return expert
@@ -244,19 +257,20 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
     live = live_weights(root, names, tuple(adds.get(name) for name in names), under.originals if under else {})
     refuse_quantized(root)
     slots = _touched_slots(root, expert, live)
-    if under is None and any(slot.tensor in _patched for slot in slots.values()):
+    if under is None and any(_is_patched(slot.tensor) for slot in slots.values()):
         raise AlreadyAttached("a part of the model, or a model that contains it, carries an expert already; detach it first")
-    _check_base(expert, live, allow_narrower)
+    digests = _check_base(expert, live, allow_narrower)
     _refuse_ties(expert, slots)
-    steps: list[Step] = sparse_adds([(slots[c.name].tensor, c.levels) for c in expert.changes if isinstance(c, Add)])
+    steps: list[Step] = sparse_adds([slots[name].tensor for name in adds], expert.adds)
     others = [change for change in expert.changes if not isinstance(change, Add)]
     for change in sorted(others, key=lambda change: isinstance(change, Set) and change.role == "untied"):  # after what replaces all that are tied
         steps.extend(_steps_of(change, slots, live))
     if expert.facts.config:
         steps.append(Configure(root, expert.facts.config))
     plan = _Plan(expert, steps, slots.values(), {})
-    hashed = [position for position, tensor in enumerate(plan.touched) if tensor.dtype in NATIVE]
-    plan.base_digests.update(zip(hashed, _digests.of([plan.touched[position] for position in hashed]), strict=True))
+    unknown = [tensor for tensor in plan.touched if tensor.dtype in NATIVE and id(tensor) not in digests]
+    digests.update(zip(map(id, unknown), _digests.of(unknown), strict=True))
+    plan.base_digests.update((position, digests[id(tensor)]) for position, tensor in enumerate(plan.touched) if id(tensor) in digests)
     return plan
 
 
@@ -273,8 +287,8 @@ def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> 
                 continue
             found[name] = slot
             refuse_unpatchable(slot)
-            wanted = _shape_wanted(change, name, slot)
-            if wanted is not None and tuple(slot.tensor.shape) != wanted:
+            wanted = change.levels.shape if isinstance(change, Add) else _shape_wanted(change, name, slot)
+            if wanted is not None and slot.tensor.shape != wanted:
                 raise WrongModel(f"{slot.name} has shape {tuple(slot.tensor.shape)} in the model, {wanted} in the expert: {_load_hint(root, expert)}")
     if missing:
         raise WrongModel(f"the model ({type(root).__name__}) has no {some(missing)}, which the expert changes: {_load_hint(root, expert)}")
@@ -290,12 +304,10 @@ def _refuse_ties(expert: Expert, slots: Mapping[str, Slot]) -> None:
             raise WrongModel(f"the model ties {other} and {change.name}, which the expert's base holds apart: load it with tie_word_embeddings=False")
 
 
-def _shape_wanted(change: Add | Factors | Multiply | Set, name: str, slot: Slot) -> tuple[int, ...] | None:
+def _shape_wanted(change: Factors | Multiply | Set, name: str, slot: Slot) -> tuple[int, ...] | None:
     """The shape that the live tensor must have; None where any will do."""
     shape = tuple(slot.tensor.shape)
     match change:
-        case Add():
-            return change.levels.shape
         case Factors():
             out, inner = change.B.shape[0], change.A.size // max(change.A.shape[0], 1)
             flat = (inner, out) if change.transposed else (out, inner)
@@ -316,8 +328,8 @@ def _load_hint(root: torch.nn.Module, expert: Expert) -> str:
     return f"load the base as {wanted}" if wanted and wanted != type(root).__name__ else "is this the model that the expert was made for?"
 
 
-def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> None:
-    """Raise WrongBase unless the live tensors are the expert's base."""
+def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict[int, bytes]:
+    """Raise WrongBase unless the live tensors are the expert's base; returns their digests by id."""
     replaced = {change.name for change in expert.changes if isinstance(change, Set) and change.role != "rows"}
     names = [name for name in expert.fingerprint.names if name in live.of_base and name not in replaced and live.of_base[name].tensor.dtype in NATIVE]
     tensors = [live.of_base[name].tensor for name in names]
@@ -327,6 +339,7 @@ def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> None
     digests = _digests.of(tensors)
     found = {name: (digest, tensor.dtype) for name, digest, tensor in zip(names, digests, tensors, strict=True)}
     require_base(expert.fingerprint, expert.facts.base.name, found, allow_narrower)
+    return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 
 def _steps_of(change: Factors | Multiply | Set, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:

@@ -9,15 +9,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sterna.codings import Blocks
-from sterna.expert.changes import Ternary
-from sterna.live.kernels import BF16, FLOAT, FP16, add, restore
+from sterna.expert.changes import Joined, Ternary
+from sterna.live.kernels import AHEAD, BF16, FLOAT, FP16, add, restore
 
 NATIVE = {torch.float32: (np.float32, FLOAT), torch.float64: (np.float64, FLOAT), torch.bfloat16: (np.uint16, BF16), torch.float16: (np.uint16, FP16)}
 """numpy's view of each live dtype, and how the kernels compute with it."""
 
-_BATCH = 1 << 15
-"""Non-zeros decoded at a time: their codes stay in the nearest cache."""
 _THREAD = 1 << 20
 """Non-zeros from which another thread pays."""
 
@@ -37,37 +34,26 @@ class Step(Protocol):
 class SparseAdd:
     """Levels of many tensors of one dtype and one coding, decoded and added in cache-sized batches on the CPU."""
 
-    def __init__(self, targets: Sequence[tuple[torch.Tensor, Ternary]]) -> None:
-        self._tensors = [tensor for tensor, _ in targets]
-        ternaries = [ternary for _, ternary in targets]
-        self._coding, self._data = ternaries[0].coding, ternaries[0].data
-        parts = [t.blocks for t in ternaries]
-        lengths = [len(p) for p in parts]
-        self._blocks = Blocks(*(np.concatenate([getattr(p, column) for p in parts]) for column in Blocks.__slots__))
-        self._of_tensor = np.repeat(np.arange(len(ternaries)), lengths)
-        self._scales = np.repeat(np.array([t.scale for t in ternaries], np.float32), lengths)
-        self._like = np.empty(0, NATIVE[self._tensors[0].dtype][0])
-        self._kind = NATIVE[self._tensors[0].dtype][1]
-        ends = np.cumsum(self._blocks.count)
-        self._saved_from = ends - self._blocks.count
-        total = int(ends[-1]) if ends.size else 0
-        self._undo = np.empty(total, self._like.dtype)
-        self._batches = _batches(self._saved_from, total)
-        self._done = np.zeros(max(len(self._batches) - 1, 1), np.uint8)
+    def __init__(self, tensors: Sequence[torch.Tensor], joined: Joined) -> None:
+        self._tensors = tensors
+        self._joined = joined
+        dtype, self._kind = NATIVE[tensors[0].dtype]
+        self._like = np.empty(0, dtype)
+        self._undo = np.empty(joined.count, dtype)
+        self._done = np.zeros(max(len(joined.batches) - 1, 1), np.uint8)
         self._swallowed = np.zeros_like(self._done, np.int64)
-        spans = zip(self._batches, self._batches[1:], strict=False)
-        self._room = int(max((ends[last - 1] - self._saved_from[first] for first, last in spans), default=0))
         self.undo_bytes = self._undo.nbytes
-        self.updates = total
+        self.updates = joined.count
         self.swallowed = 0
 
     def apply(self) -> None:
         addresses = self._addresses()
 
+        joined = self._joined
+        columns = (joined.blocks.size, joined.blocks.count, joined.saved_from, joined.scales)
+
         def work(batch: int, codes: np.ndarray) -> None:
-            first, last = self._batches[batch], self._batches[batch + 1]
-            self._coding.decode(self._data, self._blocks, first, last, codes)
-            columns = (self._blocks.size, self._blocks.count, self._saved_from, self._scales)
+            first, last = joined.decode(batch, codes)
             add(codes, first, last, addresses, *columns, self._undo, self._like, self._kind, self._done, self._swallowed, batch)
 
         try:
@@ -78,12 +64,12 @@ class SparseAdd:
 
     def revert(self) -> None:
         addresses = self._addresses()
+        joined = self._joined
 
         def work(batch: int, codes: np.ndarray) -> None:
             if self._done[batch]:
-                first, last = self._batches[batch], self._batches[batch + 1]
-                self._coding.decode(self._data, self._blocks, first, last, codes)
-                restore(codes, first, last, addresses, self._blocks.size, self._blocks.count, self._saved_from, self._undo, self._done, batch)
+                first, last = joined.decode(batch, codes)
+                restore(codes, first, last, addresses, joined.blocks.size, joined.blocks.count, joined.saved_from, self._undo, self._done, batch)
 
         try:
             self._run(work)
@@ -91,37 +77,27 @@ class SparseAdd:
             self._touched()
 
     def _addresses(self) -> np.ndarray:
-        start = np.array([t.data_ptr() for t in self._tensors], np.uint64)
-        return start[self._of_tensor] + (self._blocks.start * self._like.itemsize).astype(np.uint64)
+        start = np.array([tensor.data_ptr() for tensor in self._tensors], np.uint64)
+        return start[self._joined.tensor] + (self._joined.blocks.start * self._like.itemsize).astype(np.uint64)
 
     def _run(self, work: Callable[[int, np.ndarray], None]) -> None:
-        batches = range(len(self._batches) - 1)
+        batches = range(len(self._joined.batches) - 1)
         threads = max(min(torch.get_num_threads(), self.updates // _THREAD, len(batches)), 1)
-        if threads == 1:
-            codes = np.empty(self._room + 64, np.uint32)
-            for batch in batches:
-                work(batch, codes)
-            return
 
         def share(worker: int) -> None:
-            codes = np.empty(self._room + 64, np.uint32)
+            codes = np.empty(self._joined.room + AHEAD, np.uint32)
             for batch in batches[worker::threads]:
                 work(batch, codes)
 
+        if threads == 1:
+            share(0)
+            return
         with ThreadPoolExecutor(threads) as pool:
             for future in [pool.submit(share, worker) for worker in range(threads)]:
                 future.result()
 
     def _touched(self) -> None:
         torch.autograd.graph.increment_version(self._tensors)  # autograd cannot see what numpy wrote
-
-
-def _batches(saved_from: np.ndarray, total: int) -> list[int]:
-    """Block numbers at which batches of about _BATCH non-zeros begin, and the number of blocks at the end."""
-    if not saved_from.size:
-        return []
-    starts = np.searchsorted(saved_from, np.arange(0, max(total, 1), _BATCH), side="left")
-    return [*dict.fromkeys([0, *starts.tolist()]), saved_from.size] if saved_from.size not in starts else [*dict.fromkeys([0, *starts.tolist()])]
 
 
 class ScatteredAdd:
@@ -181,13 +157,16 @@ class Overwrite:
             self._saved = None
 
 
-def sparse_adds(targets: Sequence[tuple[torch.Tensor, Ternary]]) -> list[Step]:
+def sparse_adds(tensors: Sequence[torch.Tensor], adds: Joined) -> list[Step]:
     """The steps that add coded levels to tensors of their shapes: batched kernels where a tensor is plain CPU memory, torch operations elsewhere."""
+    groups: dict[torch.dtype, list[int]] = {}
     steps: list[Step] = []
-    groups: dict[tuple[object, ...], list[tuple[torch.Tensor, Ternary]]] = {}
-    for tensor, ternary in targets:
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and ternary.size:
-            groups.setdefault((tensor.dtype, ternary.coding.name, id(ternary.data)), []).append((tensor, ternary))
+    for number, (tensor, ternary) in enumerate(zip(tensors, adds.ternaries, strict=True)):
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            groups.setdefault(tensor.dtype, []).append(number)
         else:
             steps.append(ScatteredAdd(tensor, ternary))
-    return [*(SparseAdd(group) for group in groups.values()), *steps]
+    for numbers in groups.values():
+        part = adds if len(numbers) == len(adds.ternaries) else Joined.of([adds.ternaries[number] for number in numbers])
+        steps.append(SparseAdd([tensors[number] for number in numbers], part))
+    return steps

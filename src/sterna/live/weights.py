@@ -79,21 +79,52 @@ class LiveWeights:
         return self.of_base.get(name) or self.all.get(name) or self.all.get(swap_prefix(name, tuned_prefix, self.alignment.other_prefix))
 
 
-@lru_cache(maxsize=64)
-def _aligned(names: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...], live: tuple[tuple[str, tuple[int, ...]], ...]) -> Alignment:
-    return align(dict(zip(names, shapes, strict=True)), dict(live))
+class _View:
+    """A model's slots, and how bases' names fall on them: kept while the model is made of the same modules and tensors."""
+
+    def __init__(self, model: torch.nn.Module, originals: Mapping[Place, torch.Tensor]) -> None:
+        self.slots = slots(model, originals)
+        self.aligned: dict[tuple[object, ...], LiveWeights] = {}
+        self._modules = _modules(model)
+
+    def holds(self, model: torch.nn.Module, originals: Mapping[Place, torch.Tensor]) -> bool:
+        """Whether nothing was put in, taken out or replaced since, but by the patch that tells its `originals`."""
+        if _modules(model) != self._modules:
+            return False
+        return all(slot.hung is slot.tensor or originals.get(slot.place) is slot.tensor for slot in self.slots.values())
+
+
+_views: weakref.WeakKeyDictionary[torch.nn.Module, _View] = weakref.WeakKeyDictionary()
+
+
+def _modules(model: torch.nn.Module) -> list[tuple[int, int, int]]:
+    """Every place of a module in the tree, and how many tensors hang there."""
+    found = []
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        found.append((id(module), len(module._parameters), len(module._buffers)))
+        stack.extend(child for child in module._modules.values() if child is not None)
+    return found
 
 
 def live_weights(
     model: torch.nn.Module, names: tuple[str, ...], shapes: tuple[tuple[int, ...] | None, ...], originals: Mapping[Place, torch.Tensor]
 ) -> LiveWeights:
     """The model's slots by the base names `names`; `shapes` where the expert knows them. Raises WrongModel where nothing corresponds."""
-    found = slots(model, originals)
-    try:
-        alignment = _aligned(names, shapes, tuple((name, tuple(slot.tensor.shape)) for name, slot in found.items()))
-    except PairingError as error:
-        raise WrongModel(f"the model ({type(model).__name__}) has no tensor of the expert's base: {error}") from error
-    return LiveWeights(found, {base: found[own] for base, own in alignment.to_other.items()}, alignment)
+    view = _views.get(model)
+    if view is None or not view.holds(model, originals):
+        view = _views[model] = _View(model, originals)
+    known = view.aligned.get((names, shapes))
+    if known is None:
+        own = {name: tuple(slot.tensor.shape) for name, slot in view.slots.items()}
+        try:
+            alignment = align(dict(zip(names, shapes, strict=True)), own)
+        except PairingError as error:
+            raise WrongModel(f"the model ({type(model).__name__}) has no tensor of the expert's base: {error}") from error
+        known = LiveWeights(view.slots, {base: view.slots[found] for base, found in alignment.to_other.items()}, alignment)
+        view.aligned[names, shapes] = known
+    return known
 
 
 def refuse_quantized(model: torch.nn.Module) -> None:
@@ -103,9 +134,9 @@ def refuse_quantized(model: torch.nn.Module) -> None:
 
 def refuse_unpatchable(slot: Slot) -> None:
     """Raise Unsupported for a tensor that cannot be changed in place and restored to the bit."""
-    hook = getattr(slot.owner, "_hf_hook", None)
+    hook = slot.owner.__dict__.get("_hf_hook")
     if hook is not None and getattr(hook, "offload", False):
-        raise Unsupported(f"{slot.name} is offloaded by accelerate (its values are elsewhere between forwards); load the model without offloading")
+        raise Unsupported(f"{slot.name} is offloaded by accelerate (its values are elsewhere); load the model without offloading")
     refuse_tensor(slot.name, slot.tensor)
     if slot.tensor.is_inference():
-        raise Unsupported(f"{slot.name} was created under torch.inference_mode and cannot be changed outside it; load the model without that mode")
+        raise Unsupported(f"{slot.name} was created under torch.inference_mode and cannot be changed outside it; load without that mode")

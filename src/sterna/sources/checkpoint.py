@@ -280,9 +280,15 @@ def _left_out_of_files(module: torch.nn.Module, names: Iterable[str]) -> frozens
     return frozenset(name for name in names if any(pattern.match(name) for pattern in patterns))
 
 
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_PLAIN_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.bool})
+
+
 def refuse_tensor(name: str, tensor: torch.Tensor) -> None:
     """Raise Unsupported for what has no plain values to read: meta, quantized, sharded and other wrapped tensors."""
     kind = type(tensor)
+    if kind in _PLAIN_TYPES and tensor.dtype in _PLAIN_DTYPES and tensor.layout is torch.strided and not tensor.is_meta:
+        return
     if tensor.is_meta:
         raise Unsupported(f"{name} is on the meta device (offloaded or not loaded); load the whole model first")
     if is_wrapped(tensor):
@@ -295,7 +301,7 @@ def refuse_tensor(name: str, tensor: torch.Tensor) -> None:
 
 def is_wrapped(tensor: torch.Tensor) -> TypeGuard[Any]:
     """Whether the tensor is of a subclass that keeps its values elsewhere (DTensor, bitsandbytes, torchao)."""
-    return type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return type(tensor) not in _PLAIN_TYPES
 
 
 def is_buffer(checkpoint: Checkpoint, name: str) -> bool:
