@@ -100,9 +100,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """The model of that name with weights of a seed, rounded to `dtype`."""
+    """The model of that name with weights of a seed, rounded to `dtype`. No two tensors are alike: biases and norms are random too."""
     torch.manual_seed(seed)
-    return MODELS[name]().eval().to(dtype)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) / 16)
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.add_(torch.rand(buffer.shape))
+    return model.to(dtype)
 
 
 def noise(tensor: torch.Tensor, generator: torch.Generator, size: float) -> torch.Tensor:

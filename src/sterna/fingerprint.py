@@ -64,13 +64,13 @@ def tensor_digest(tensor: torch.Tensor, rounded_to: torch.dtype = torch.float32)
     for start in range(0, flat.numel(), _SLICE):
         part = flat[start : start + _SLICE]
         if part.dtype == torch.float64 and rounded_to == torch.float32 and not torch.equal(part.float().double(), part):
-            sha.update(memoryview(part.cpu().numpy()).cast("B"))
+            sha.update(memoryview(part.cpu().contiguous().numpy()).cast("B"))
             continue
         if narrow is not None:
             part = narrow[: part.numel()].copy_(part)
         if part.dtype != torch.float32 or part.device.type != "cpu":
             part = wide[: part.numel()].copy_(part)
-        sha.update(memoryview(part.numpy()).cast("B"))
+        sha.update(memoryview(part.contiguous().numpy()).cast("B"))
     return sha.digest()
 
 

@@ -50,7 +50,8 @@ def require_checkpoint(
 
     Raises WrongBase, also where a tensor that the expert changes is absent.
     """
-    own = align(dict.fromkeys(expert.fingerprint.names), base.shapes).to_other
+    own = align(dict.fromkeys(expert.fingerprint.names), base.shapes_by_any_name).to_other
+    own = {name: base.aliases.get(found, found) for name, found in own.items()}
     own = {name: found for name, found in own.items() if base.tensors[found].dtype in HASHED_DTYPES}
     digests = {}
     for number, (name, found) in enumerate(own.items()):

@@ -72,7 +72,7 @@ def tweets(folder: Path, sizes: Sizes, seed: int = 0) -> Task:
     own = [cells for cells in table if len(cells) > 9 and cells[0] == "False"]
     rows = [(text, cells[7]) for cells in own if (text := clean_tweet(cells[9]))]
     random.Random(seed).shuffle(rows)
-    held = min(sizes.test, len(rows) // 4)
+    held = min(sizes.test, len(rows) // 5)
     return _task("election tweets", rows[held:], rows[:held], sizes)
 
 

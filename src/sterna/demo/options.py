@@ -42,7 +42,7 @@ class DemoOptions:
     max_length: int = 64
     seed: int = 0
     repeats: int = 10
-    latency_pairs: int = 20
+    latency_pairs: int = 15
     quick: bool = False
     cache: Path | None = None
     output: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from sterna.demo.intervals import Estimate
 from sterna.demo.timing import Latency, Steps
 
 COLUMNS = ("", "density", "scale", "bytes on disk", "to 16 bit", "bits/param", "entropy", "accuracy, %", "to uncompressed")
-WIDTH = 150
+NARROW = ("", "density\nscale", "bytes\nto 16 bit", "bits\nentropy", "accuracy, %", "to\nuncompressed")
+WIDTH = 144
 """Characters that the table takes with intervals beside their values."""
 
 
@@ -51,6 +53,12 @@ class Row:
             if self.difference is None
             else f"{100 * self.difference.value:+.1f} ({100 * self.difference.low:+.1f} to {100 * self.difference.high:+.1f})",
         )
+
+
+def stacked(cells: Sequence[str]) -> tuple[str, ...]:
+    """Nine cells as six: density over scale, bytes over ratio, bits over entropy, a value over its interval."""
+    method, density, scale, size, ratio, bits, entropy, accuracy, difference = (cell.replace(" (", "\n").removesuffix(")") for cell in cells)
+    return method, f"{density}\n{scale}", f"{size}\n{ratio}", f"{bits}\n{entropy}", accuracy, difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,25 +108,25 @@ class DemoResult:
         return asdict(self)
 
     def table(self, narrow: bool = False) -> Table:
-        """One table for a terminal; `narrow` puts intervals on a line of their own."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for place, column in enumerate(COLUMNS):
-            table.add_column(column, justify="left" if place == 0 else "right", no_wrap=place != 0)
+        """One table for a terminal; `narrow` puts two values into a cell, one below the other, and so fits 80 characters."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column(min_width=12)
+        for column in (NARROW if narrow else COLUMNS)[1:]:
+            table.add_column(column, justify="right", no_wrap=True)
         for task in self.tasks:
             table.add_section()
             table.add_row(f"[bold]{escape(task.name)}[/bold]")
             for row in task.rows:
-                cells = row.cells()
-                table.add_row(*(cell.replace(" (", "\n(") for cell in cells) if narrow else cells)
+                table.add_row(*(stacked(row.cells()) if narrow else row.cells()))
         return table
 
     def print(self, console: Console) -> None:
-        """The table and the lines below it. Where the output is no terminal, lines are as long as they need to be."""
+        """The table and the lines below it. Where the output is no terminal, no line is broken."""
         if not console.is_terminal:
             console.width = max(console.width, WIDTH)
         console.print(self.table(narrow=console.width < WIDTH))
         for line in self.lines():
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=not console.is_terminal)
 
     def markdown(self) -> str:
         """The same table and lines for a README."""

@@ -79,13 +79,15 @@ def findings(study: Study, live: torch.nn.Module, options: DemoOptions, folder: 
     choices, methods = 4 * len(options.densities) + 4, len(options.densities) + 6  # a walk takes about four steps
     count = counter(progress, f"evaluating on {study.name}", choices * len(study.validation) + methods * len(study.test), "texts")
     scorer = Scorer(study, live, count)
-    made = [_made(scorer, density, options.alphas, folder) for density in options.densities]
+    made: list[Made] = []
+    for density in reversed(options.densities):  # fewer entries want larger ones, so each walk starts no lower than the last one ended
+        made.insert(0, _made(scorer, density, options.alphas, made[0].alpha if made else 0.0, folder))
     chosen = next(one for one in made if one.density == options.control_density)
     full = scorer.dense(study.subject.tau, study.test)
     rows = _controls(scorer, full, chosen)
     if chosen.alpha != 1:
         plain = scorer.attached(_expert(study, chosen.density, 1.0), study.test)
-        rows.append(_row("ComPEFT, alpha not tuned", plain, full, density=chosen.density, alpha=1.0, **_sizes(chosen.size)))
+        rows.append(_row("ComPEFT with alpha 1", plain, full, density=chosen.density, alpha=1.0, **_sizes(chosen.size)))
     rows += [_row("ComPEFT", one.score, full, density=one.density, alpha=one.alpha, **_sizes(one.size)) for one in made]
     return Findings(tuple(rows), tuple(one.file for one in made), chosen.file)
 
@@ -94,9 +96,9 @@ def _expert(study: Study, density: float, alpha: float) -> sterna.Expert:
     return sterna.compress(study.base, study.trained, density=density, alpha=alpha)
 
 
-def _made(scorer: Scorer, density: float, alphas: tuple[float, ...], folder: Path) -> Made:
+def _made(scorer: Scorer, density: float, alphas: tuple[float, ...], least: float, folder: Path) -> Made:
     study = scorer.study
-    start = 1.5 * mean_in_std(study.subject.tau, density)  # the least-squares scale is too small for what the dropped entries did
+    start = max(least, 1.5 * mean_in_std(study.subject.tau, density))  # the least-squares scale is too small for what the dropped entries did
     alpha = climb(alphas, start, lambda value: scorer.attached(_expert(study, density, value), study.validation))
     expert = _expert(study, density, alpha)
     file = saved(expert, folder, f"{study.name} d{density:g} a{alpha:g}")
@@ -116,9 +118,9 @@ def _controls(scorer: Scorer, full: Score, chosen: Made) -> list[Row]:
         Row("words alone", bag_of_words(study.tokenizer, study.train, study.test)),
         _row("base alone", alone, full, bytes=size.exact),
         _row("uncompressed", full, full, factor=1.0, **_dense_sizes(size, size.uncompressed, 16)),
-        _row("uncompressed, tuned scale", tuned, full, factor=factor, **_dense_sizes(size, size.uncompressed, 16)),
+        _row("uncompressed with tuned scale", tuned, full, factor=factor, **_dense_sizes(size, size.uncompressed, 16)),
         _row("prune only", pruned, full, density=density, factor=1.0, **_dense_sizes(size, size.pruned, size.pruned_bits)),
-        _row("STC, mean magnitude", sparse, full, density=density, alpha=mean_in_std(tau, density), **_sizes(size)),
+        _row("STC with mean magnitude", sparse, full, density=density, alpha=mean_in_std(tau, density), **_sizes(size)),
     ]
 
 

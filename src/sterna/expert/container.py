@@ -148,7 +148,8 @@ def _entry(name: str, value: Any, origin: int) -> Entry:
         raise InvalidFile(f"the header's entry {name[:80]!r} is not a tensor")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise InvalidFile(f"the header's tensor {name[:80]!r} has dtype {str(dtype)[:80]!r}; known: {', '.join(ITEM_BYTES)}")
+        shown = repr(dtype[:80]) if isinstance(dtype, str) else f"a {type(dtype).__name__}"
+        raise InvalidFile(f"the header's tensor {name[:80]!r} has dtype {shown}; known: {', '.join(ITEM_BYTES)}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or len(numbers) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
             raise InvalidFile(f"the header's tensor {name[:80]!r} has a shape or offsets that are not lists of at most 8 counts below 2^48")

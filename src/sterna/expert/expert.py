@@ -148,7 +148,7 @@ class Expert:
         from sterna.sources.names import align
 
         opened = open_checkpoint(base)
-        alignment = align(dict(zip(self.fingerprint.names, self._shapes(), strict=True)), opened.shapes)
+        alignment = align(dict(zip(self.fingerprint.names, self._shapes(), strict=True)), opened.shapes_by_any_name)
         return {name: opened.read(own) for name, own in alignment.to_other.items()}
 
     def _shapes(self) -> list[tuple[int, ...] | None]:

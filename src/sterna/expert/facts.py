@@ -142,8 +142,12 @@ def to_json(facts: Facts) -> str:
         elif held not in (None, (), {}, ("", "")):
             value[key] = held
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=dict)
-    if len(text.encode()) > LIMIT:
-        raise InvalidArgument(f"the expert's facts (metadata, config, adapter) take {len(text.encode())} bytes as JSON; at most {LIMIT} fit")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidArgument("the expert's facts (metadata, config, adapter) hold half a surrogate pair, which is no text") from None
+    if size > LIMIT:
+        raise InvalidArgument(f"the expert's facts (metadata, config, adapter) take {size} bytes as JSON; at most {LIMIT} fit")
     return text
 
 
@@ -154,7 +158,8 @@ def from_json(text: str) -> Facts:
     value = parse_json(text, "the expert's metadata")
     version = value.pop("format", None)
     if type(version) is not int or version < 1:
-        raise InvalidFile(f"the metadata's format is {repr(version)[:80]}; expected a version number")
+        shown = repr(version)[:80] if isinstance(version, int | float | str | None) else type(version).__name__
+        raise InvalidFile(f"the metadata's format is {shown}; expected a version number")
     if version > FORMAT:
         raise InvalidFile(f"the file has format {str(version)[:80]}, this Sterna reads up to {FORMAT}: use a newer Sterna")
     base = value.pop("base", None)

@@ -70,7 +70,7 @@ class Configure:
     def __init__(self, model: torch.nn.Module, fields: Mapping[str, Any]) -> None:
         self._model = weakref.ref(model)  # a patch does not keep its model alive
         self._fields = _live_fields(fields)
-        self._before: list[tuple[object, str, object]] = []
+        self._before: list[tuple[Callable[[], object], str, object]] = []
         self.undo_bytes = self.updates = self.swallowed = 0
 
     def apply(self) -> None:
@@ -80,23 +80,26 @@ class Configure:
             return
         for name, value in self._fields.items():
             if not callable(getattr(type(config), name, None)):
-                self._set(config, name, value)
+                self._set(lambda: config, name, value)
         labels = self._fields.get("id2label")
         if labels is not None and isinstance(model.__dict__.get("num_labels"), int):
-            self._set(model, "num_labels", len(labels))
+            self._set(self._model, "num_labels", len(labels))
 
-    def _set(self, holder: object, name: str, value: object) -> None:
-        before = getattr(holder, name, _MISSING)
+    def _set(self, find: Callable[[], object], name: str, value: object) -> None:
+        before = getattr(find(), name, _MISSING)
         if before != value:
-            self._before.append((holder, name, before))
-            setattr(holder, name, value)
+            self._before.append((find, name, before))
+            setattr(find(), name, value)
 
     def revert(self) -> None:
-        for holder, name, before in reversed(self._before):
-            if before is _MISSING:
-                delattr(holder, name)
-            else:
+        for find, name, before in reversed(self._before):
+            holder = find()
+            if holder is None:  # the model is gone
+                continue
+            if before is not _MISSING:
                 setattr(holder, name, before)
+            elif hasattr(holder, name):
+                delattr(holder, name)
         self._before = []
 
 

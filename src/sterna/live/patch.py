@@ -109,8 +109,9 @@ class Patch:
         other = _loaded(expert)
         with self._lock.writing():
             old = self._now()
+            root = self._live_root()
             _refuse_changed(old)
-            new = _plan(self._live_root(), other, allow_narrower, old)
+            new = _plan(root, other, allow_narrower, old)
             try:
                 _revert(old)
                 _apply(new)
@@ -128,7 +129,7 @@ class Patch:
         """
         with self._lock.writing():
             old = self._now()
-            _refuse_changed(old, force)
+            _refuse_changed(old, force or self._root() is None)
             _revert(old)
             self._on = None
             root = self._root()
@@ -237,9 +238,10 @@ def _refuse_changed(plan: _Plan, force: bool = False) -> None:
         plan.base_digests.pop(position, None)
 
 
-def _is_patched(tensor: torch.Tensor) -> bool:
+def _is_patched(tensor: torch.Tensor, under: _Plan | None) -> bool:
+    """Whether a tensor is under a plan other than `under`."""
     plan = _patched.get(id(tensor), lambda: None)()
-    return plan is not None and any(tensor is touched for touched in plan.touched)
+    return plan is not None and plan is not under and any(tensor is touched for touched in plan.touched)
 
 
 def _loaded(expert: Expert | str | os.PathLike[str]) -> Expert:
@@ -257,7 +259,7 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
     live = live_weights(root, names, tuple(adds.get(name) for name in names), under.originals if under else {})
     refuse_quantized(root)
     slots = _touched_slots(root, expert, live)
-    if under is None and any(_is_patched(slot.tensor) for slot in slots.values()):
+    if any(_is_patched(slot.tensor, under) for slot in slots.values()):
         raise AlreadyAttached("a part of the model, or a model that contains it, carries an expert already; detach it first")
     digests = _check_base(expert, live, allow_narrower)
     _refuse_ties(expert, slots)

@@ -104,7 +104,7 @@ class ScatteredAdd:
     """Levels of one tensor through torch operations: any device, any layout."""
 
     def __init__(self, tensor: torch.Tensor, ternary: Ternary) -> None:
-        self._tensor = tensor.detach()
+        self._tensor = tensor
         self._ternary = ternary
         self._saved: torch.Tensor | None = None
         self.updates = ternary.count
@@ -113,16 +113,17 @@ class ScatteredAdd:
 
     def apply(self) -> None:
         index, negative = self._index()
-        old = self._tensor[index]
+        live = self._tensor.detach()  # anew each time: `.to` and `.data =` put other memory under a parameter
+        old = live[index]
         scale = torch.tensor(self._ternary.scale, dtype=torch.float32, device=old.device)
         new = (old.float() + torch.where(negative, -scale, scale)).to(old.dtype)
         self._saved = old
-        self._tensor[index] = new
+        live[index] = new
         self.swallowed = int((new == old).sum())
 
     def revert(self) -> None:
         if self._saved is not None:
-            self._tensor[self._index()[0]] = self._saved
+            self._tensor.detach()[self._index()[0]] = self._saved
             self._saved = None
 
     def _index(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -134,7 +135,7 @@ class Overwrite:
     """A whole tensor given new values: dense updates and exact tensors of the same shape."""
 
     def __init__(self, tensor: torch.Tensor, new: Callable[[torch.Tensor], torch.Tensor], counts: bool) -> None:
-        self._tensor = tensor.detach()
+        self._tensor = tensor
         self._new = new
         self._counts = counts
         self._saved: torch.Tensor | None = None
@@ -153,7 +154,7 @@ class Overwrite:
 
     def revert(self) -> None:
         if self._saved is not None:
-            self._tensor.copy_(self._saved)
+            self._tensor.detach().copy_(self._saved)
             self._saved = None
 
 

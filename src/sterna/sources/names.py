@@ -86,12 +86,14 @@ def align(base: Mapping[str, tuple[int, ...] | None], other: Mapping[str, tuple[
         for other_prefix in _prefixes(other_plain):
             if base_prefix and base_prefix == other_prefix:
                 continue  # the same as two empty prefixes
-            matched = {}
+            matched: dict[str, str] = {}
+            taken: set[str] = set()
             agreeing = 0
             for short, name in base_plain.items():
                 found = other_plain.get(swap_prefix(short, base_prefix, other_prefix))
-                if found is not None:
+                if found is not None and found not in taken:  # "a." for "b." may make two names one
                     matched[name] = found
+                    taken.add(found)
                     agreeing += None in (base[name], other[found]) or base[name] == other[found]
             score = (agreeing, -len(base_prefix) - len(other_prefix))
             if best is None or score > best[:2]:

@@ -1,0 +1,135 @@
+"""What does a second thread give?
+
+Question: How much faster are two threads than one at encoding levels, at decoding them to positions, and at attach, on the causal LM's 134.5 million
+    parameters?
+Goal: At least 1.6 times on encoding and on decoding to positions.
+Predicted: 1.9 times on both: chunks and batches are independent, the kernels release the GIL, and Python takes 10 us of each millisecond. Attach 1.5
+    times, since both threads write to one memory. All of compress 1.7 times: SHA-256 of the embedding, a fifth of the model, is one tensor.
+Peer: One thread.
+Note: Sterna takes its threads from torch.get_num_threads(). Encoding runs as compress runs it. Decoding to positions has no function of its own in
+    Sterna that takes threads, so its coding is given to a pool here, batch by batch, as attach does.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import harness
+import inputs
+import sterna
+from harness import Side, milliseconds, ratio
+from sterna import compeft
+from sterna.codings import CHUNK, PADDING, by_name
+from sterna.expert.changes import Ternary
+
+ENTRIES, DENSITY, BATCH = 134_515_008, 0.05, 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Codes of one chunk of uniform positions."""
+
+    codes: np.ndarray
+    size: int
+
+
+def uniform_chunks(entries: int) -> list[Chunk]:
+    random = np.random.default_rng(0)
+    chunks = []
+    for start in range(0, entries, CHUNK):
+        size = min(CHUNK, entries - start)
+        positions = np.flatnonzero(random.random(size, np.float32) < DENSITY).astype(np.uint32)
+        chunks.append(Chunk(positions << 1 | random.integers(0, 2, positions.size, np.uint32), size))
+    return chunks
+
+
+def decode(ternary: Ternary, threads: int) -> None:
+    """All codes of a tensor, batch by batch, each thread into memory of its own."""
+    blocks = ternary.blocks
+    starts = np.searchsorted(np.cumsum(blocks.count), np.arange(0, ternary.count, BATCH), side="left").tolist()
+    batches = list(zip(starts, [*starts[1:], len(blocks)], strict=True))
+    most = max(int(blocks.count[first:last].sum()) for first, last in batches)
+
+    def share(worker: int) -> None:
+        codes = np.empty(most, np.uint32)
+        for first, last in batches[worker::threads]:
+            ternary.coding.decode(ternary.data, blocks, first, last, codes)
+
+    if threads == 1:
+        share(0)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))
+
+
+def both(report: harness.Report, rows: list[list[object]], name: str, one: Side, two: Side, rounds: int, goal: bool) -> None:
+    times = harness.in_turn({"one": one, "two": two}, rounds, warm=1)
+    found = ratio(times["one"], times["two"])
+    rows.append([name, milliseconds(times["one"]), milliseconds(times["two"]), found])
+    if goal:
+        report.goal(f"two threads against one, {name}", found, at_least=1.6)
+
+
+def with_threads(count: int, work: object) -> Side:
+    def run() -> None:
+        with harness.threads(count):
+            work()
+
+    return Side(run)
+
+
+def streams(report: harness.Report, rows: list[list[object]], entries: int, rounds: int) -> None:
+    coding, chunks = by_name("rice"), uniform_chunks(entries)
+
+    def encode() -> bytes:
+        return b"".join(record for _, record in compeft._ordered(lambda chunk: coding.encode(chunk.codes, chunk.size), chunks))
+
+    both(report, rows, "encoding", with_threads(1, encode), with_threads(2, encode), rounds, goal=True)
+    stream = encode()
+    data = np.frombuffer(stream + bytes(PADDING), np.uint8)
+    ternary = Ternary.open((entries,), 1.0, coding, data, 0, len(stream))
+    both(report, rows, "decoding to positions", Side(lambda: decode(ternary, 1)), Side(lambda: decode(ternary, 2)), rounds, goal=True)
+
+
+def causal_lm(report: harness.Report, rows: list[list[object]], options: object, rounds: int) -> None:
+    folder = inputs.causal_lm(options)
+    if folder is None:
+        return
+    from transformers import AutoModelForCausalLM
+
+    base = inputs.in_memory(folder)
+    tuned = inputs.normal_tuned(base)
+    compress = [with_threads(count, lambda: sterna.compress(base, tuned, density=DENSITY)) for count in (1, 2)]
+    both(report, rows, "compress, causal LM", *compress, rounds // 2, goal=False)
+    expert = sterna.compress(base, tuned, density=DENSITY)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def off() -> None:
+        sterna.attached_to(model).detach()
+
+    attach, detach = [], []
+    for count in (1, 2):
+        on = with_threads(count, lambda: sterna.attach(model, expert)).work
+        attach.append(Side(on, after=off))
+        detach.append(Side(with_threads(count, off).work, before=on))
+    both(report, rows, "attach, causal LM", *attach, rounds, goal=False)
+    both(report, rows, "detach, causal LM", *detach, rounds, goal=False)
+
+
+def main() -> None:
+    options = harness.options(__doc__)
+    report = harness.Report(__file__, __doc__ or "", options.quick)
+    rows: list[list[object]] = []
+    streams(report, rows, ENTRIES // 4 if options.quick else ENTRIES, 5 if options.quick else 21)
+    causal_lm(report, rows, options, 4 if options.quick else 15)
+    columns = ("what", "one thread, ms", "two threads, ms", "times as fast")
+    report.table(f"Threads, density {DENSITY:g}", columns, rows, f"The machine has {harness.CORES} cores.")
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
