@@ -123,14 +123,14 @@ def timed(model: Any, base: Path, tuned: Path, experts: list[sterna.Expert], thr
     flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     target = torch.empty_like(flat)
     sides = {
-        "attach, density 0.05": Side(on, after=off),
-        "swap to density 0.1": Side(swap, before=on, after=off),
-        "detach": Side(off, before=on),
-        "copy of the weights, flat": Side(lambda: target.copy_(flat)),
+        "attach, density 0.05": Side(on, after=off, wall=True),
+        "swap to density 0.1": Side(swap, before=on, after=off, wall=True),
+        "detach": Side(off, before=on, wall=True),
+        "copy of the weights, flat": Side(lambda: target.copy_(flat), wall=True),
     }
     with harness.threads(threads):
         if experts[0].facts.base.parameters == flat.numel() and flat.dtype == torch.float32:
-            compress = Side(lambda: sterna.compress(base, tuned, density=0.05))
+            compress = Side(lambda: sterna.compress(base, tuned, density=0.05), wall=True)
             yield ["compress, from the folders", milliseconds(harness.in_turn({"it": compress}, max(rounds // 3, 1), warm=1)["it"])]
         for name, times in harness.in_turn(sides, rounds).items():
             yield [name, milliseconds(times)]

@@ -132,7 +132,7 @@ def main() -> None:
         with harness.threads(count):
             sterna.compress(base, tuned, density=DENSITIES[0], alpha=ALPHA)
 
-    times = harness.in_turn({str(count): Side(lambda count=count: with_threads(count)) for count in (1, 2)}, rounds)
+    times = harness.in_turn({str(count): Side(lambda count=count: with_threads(count), wall=True) for count in (1, 2)}, rounds)
     row = [*(milliseconds(times[count]) for count in ("1", "2")), harness.ratio(times["1"], times["2"])]
     report.table("Threads, density 0.05", ("one thread, ms", "two threads, ms", "times as fast"), [row])
     report.write()

@@ -55,7 +55,7 @@ def saved_adapters(options: argparse.Namespace, kind: Kind, folder: Path, number
             model = peft.get_peft_model(inputs.classifier(options, classes=2), kind.configuration())
             for name, parameter in model.named_parameters():
                 if "lora_" in name or "shira_" in name:
-                    parameter.data += 0.01 * torch.randn_like(parameter)
+                    parameter.data += 0.03 * torch.randn_like(parameter)  # as large as A begins
             folders.append(folder / f"{kind.method}-{kind.rank}-{len(kind.targets)}-{seed}")
             model.save_pretrained(folders[-1])
     return folders

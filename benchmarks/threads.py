@@ -79,7 +79,7 @@ def with_threads(count: int, work: object) -> Side:
         with harness.threads(count):
             work()
 
-    return Side(run)
+    return Side(run, wall=True)
 
 
 def streams(report: harness.Report, rows: list[list[object]], entries: int, rounds: int) -> None:
@@ -92,7 +92,7 @@ def streams(report: harness.Report, rows: list[list[object]], entries: int, roun
     stream = encode()
     data = np.frombuffer(stream + bytes(PADDING), np.uint8)
     ternary = Ternary.open((entries,), 1.0, coding, data, 0, len(stream))
-    both(report, rows, "decoding to positions", Side(lambda: decode(ternary, 1)), Side(lambda: decode(ternary, 2)), rounds, goal=True)
+    both(report, rows, "decoding to positions", *(Side(lambda count=count: decode(ternary, count), wall=True) for count in (1, 2)), rounds, goal=True)
 
 
 def causal_lm(report: harness.Report, rows: list[list[object]], options: object, rounds: int) -> None:
@@ -114,8 +114,8 @@ def causal_lm(report: harness.Report, rows: list[list[object]], options: object,
     attach, detach = [], []
     for count in (1, 2):
         on = with_threads(count, lambda: sterna.attach(model, expert)).work
-        attach.append(Side(on, after=off))
-        detach.append(Side(with_threads(count, off).work, before=on))
+        attach.append(Side(on, after=off, wall=True))
+        detach.append(Side(with_threads(count, off).work, before=on, wall=True))
     both(report, rows, "attach, causal LM", *attach, rounds, goal=False)
     both(report, rows, "detach, causal LM", *detach, rounds, goal=False)
 

@@ -192,3 +192,26 @@ def test_bad_adapters(tmp_path: Path) -> None:
     unmerged = peft.get_peft_model(made.live(), lora(target_modules=["query"]))
     with pytest.raises(Unsupported, match="adapter folder"):
         sterna.compress(made.base, unmerged)
+
+
+def test_code_named_in_a_config_does_not_travel(tmp_path: Path) -> None:
+    import dataclasses
+    import json
+
+    made = Made("bert", tmp_path)
+    config = json.loads((made.adapter / "adapter_config.json").read_text())
+    config["auto_mapping"] = {"base_model_class": "Evil", "parent_library": "evil.code"}
+    (made.adapter / "adapter_config.json").write_text(json.dumps(config))
+    expert = sterna.compress(made.base, made.adapter)
+    assert "auto_mapping" not in expert.facts.adapter
+    for fields in ({"adapter": {"auto_mapping": {"parent_library": "evil"}}}, {"config": {"text_config": {"auto_map": {"AutoModel": "evil.py"}}}}):
+        with pytest.raises(InvalidArgument, match="at any depth"):
+            dataclasses.replace(expert.facts, **fields)
+
+
+def test_names_of_output_files_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    base = models.made("bert")
+    expert = sterna.compress(base, models.tuned(base))
+    name = "e" * 243 + ".safetensors"
+    expert.save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]

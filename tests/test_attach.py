@@ -84,10 +84,6 @@ def expected(model: nn.Module, expert: sterna.Expert, base: Mapping[str, torch.T
     return wanted
 
 
-def is_state(model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> bool:
-    return same_state(model, wanted)
-
-
 def anatomy(model: nn.Module) -> list[Any]:
     """Everything about a model that attaching must leave alone, but for values: modules, parameters, attributes, hooks."""
     found: list[Any] = []
@@ -156,7 +152,7 @@ def test_attached_weights_are_the_base_plus_the_task_vector_rounded_once(name: s
     for seed, size, scope in ((1, 3e-3, "global"), (2, 3e-2, "tensor")):
         expert = sterna.compress(base, tuned(base, seed, size), density=0.2, scope=scope)
         patch = sterna.attach(base, expert)
-        assert is_state(base, expected(base, expert, before))
+        assert same_state(base, expected(base, expert, before))
         assert not torch.equal(answer(base), said)
         assert sterna.attached_to(base) is patch
         assert patch.expert is expert
@@ -175,7 +171,7 @@ def test_an_expert_of_a_narrower_base_fits_every_wider_load(name: str, dtype: to
     wide = copy.deepcopy(small).to(dtype)
     before = state_of(wide)
     with sterna.attached(wide, expert):
-        assert is_state(wide, expected(wide, expert, before))
+        assert same_state(wide, expected(wide, expert, before))
     assert same_state(wide, before)
 
 
@@ -188,9 +184,9 @@ def test_an_expert_or_its_file(source: str, tmp_path: Path) -> None:
     expert.save(file)
     given: Any = {"lone file": str(file), "loaded": sterna.load(file), "path": file}[source]
     with sterna.attached(base, given) as patch:
-        assert is_state(base, expected(base, expert, before))
+        assert same_state(base, expected(base, expert, before))
         patch.swap(given)
-        assert is_state(base, expected(base, expert, before))
+        assert same_state(base, expected(base, expert, before))
     assert same_state(base, before)
 
 
@@ -200,7 +196,7 @@ def test_dense_changes_follow_their_formulas(dtype: torch.dtype) -> None:
     before, body = state_of(base), anatomy(base)
     expert = mixed(base, sterna.compress(base, tuned(base)))
     with sterna.attached(base, expert) as patch:
-        assert is_state(base, dense(expert, before))
+        assert same_state(base, dense(expert, before))
         touched = [before[change.name] for change in expert.changes]
         assert patch.undo_bytes == sum(t.numel() * t.element_size() for t in touched)
     assert same_state(base, before)
@@ -217,7 +213,7 @@ def test_an_expert_made_from_folders_fits_the_model_that_they_load(name: str, tm
     live = type(base).from_pretrained(tmp_path / "base").eval()
     before = state_of(live)
     with sterna.attached(live, expert):
-        assert is_state(live, expected(live, expert, before))
+        assert same_state(live, expected(live, expert, before))
     assert same_state(live, before)
 
 
@@ -251,7 +247,7 @@ def test_wrapped_models_are_patched_inside() -> None:
     ]
     for wrap in wrappers:
         with sterna.attached(wrap(base), expert):
-            assert is_state(base, expected(base, expert, before))
+            assert same_state(base, expected(base, expert, before))
         assert same_state(base, before)
 
 
@@ -279,7 +275,7 @@ def test_gained_rows_lengthen_the_table_and_what_is_tied_to_it(name: str) -> Non
     expert = sterna.compress(base, after)
     before, body = state_of(base), anatomy(base)
     with sterna.attached(base, expert):
-        assert is_state(base, expected(base, expert, before))
+        assert same_state(base, expected(base, expert, before))
         assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
         assert base.get_input_embeddings().num_embeddings == base.get_output_embeddings().out_features == base.config.vocab_size == 44
         assert answer(base).shape[-1] == 44
@@ -326,7 +322,7 @@ def test_a_block_that_stands_in_twelve_layers_is_changed_once() -> None:
     before = state_of(base)
     expert = sterna.compress(base, tuned(base), density=1.0)
     with sterna.attached(base, expert) as patch:
-        assert is_state(base, expected(base, expert, before))
+        assert same_state(base, expected(base, expert, before))
         assert patch.undo_bytes == 4 * sum(p.numel() for p in base.parameters())
     assert same_state(base, before)
 
@@ -379,7 +375,7 @@ def test_swapping_between_twenty_classes_and_two(dtype: torch.dtype) -> None:
 
 
 def test_a_head_behaves_as_the_tuned_models_own() -> None:
-    """At density 1 with alpha near nothing, the body is nearly the base and the head is exact: the logits follow."""
+    """The logits are those of the tuned model's head over the body that attaching made."""
     live, experts, models = two_tasks()
     with sterna.attached(live, experts[0]):
         copied = copy.deepcopy(models[0])
@@ -448,7 +444,7 @@ def test_swapping_to_an_expert_that_leaves_heads_and_buffers_alone(name: str) ->
     patch = sterna.attach(base, everything)
     for expert in (body_only, everything, body_only):
         patch.swap(expert)
-        assert is_state(base, expected(base, expert, before))
+        assert same_state(base, expected(base, expert, before))
     patch.detach()
     assert same_state(base, before)
 
@@ -495,7 +491,7 @@ def test_ten_thousand_random_steps_end_where_they_began(dtype: torch.dtype) -> N
             patch = None
             assert same_state(base, before), step
         if patch is not None and step % 7 == 0:
-            assert is_state(base, wanted[on]), step
+            assert same_state(base, wanted[on]), step
             assert base.num_labels == base.config.num_labels == base.classifier.out_features == (2, 5, 2, 2)[on]
     if patch is not None:
         patch.detach()
@@ -530,7 +526,7 @@ def test_the_heads_own_values_do_not_make_another_base() -> None:
         base.classifier.weight.normal_()
     before = state_of(base)
     with sterna.attached(base, expert):
-        assert is_state(base, expected(base, expert, before))
+        assert same_state(base, expected(base, expert, before))
     assert same_state(base, before)
 
 
@@ -544,12 +540,12 @@ def test_a_narrower_load_needs_leave(dtype: torch.dtype) -> None:
     with pytest.raises(WrongBase, match=rf"{name}.*narrower.*allow_narrower=True"):
         sterna.attach(narrow, experts[0])
     patch = sterna.attach(narrow, experts[0], allow_narrower=True)
-    assert is_state(narrow, expected(narrow, experts[0], before))
+    assert same_state(narrow, expected(narrow, experts[0], before))
     with pytest.raises(WrongBase, match="narrower"):
         patch.swap(experts[1])
-    assert is_state(narrow, expected(narrow, experts[0], before))
+    assert same_state(narrow, expected(narrow, experts[0], before))
     patch.swap(experts[1], allow_narrower=True)
-    assert is_state(narrow, expected(narrow, experts[1], before))
+    assert same_state(narrow, expected(narrow, experts[1], before))
     patch.detach()
     assert same_state(narrow, before)
 
@@ -584,7 +580,7 @@ def test_a_second_expert_is_refused_on_the_model_its_parts_and_its_wrappers() ->
         for part in (base, base.bert, whole, nn.DataParallel(base), torch.compile(base, backend="eager")):
             with pytest.raises(AlreadyAttached, match=r"merge the two experts first|detach it first"):
                 sterna.attach(part, experts[1])
-        assert is_state(base, expected(base, experts[0], before))
+        assert same_state(base, expected(base, experts[0], before))
     with sterna.attached(base.bert, experts[0]), pytest.raises(AlreadyAttached):
         sterna.attach(base, experts[1])
     with sterna.attached(whole, experts[0]), pytest.raises(AlreadyAttached):
@@ -639,7 +635,7 @@ def test_of_many_threads_that_attach_one_wins() -> None:
 
         in_threads([lambda expert=expert: work(expert) for expert in experts])
         assert (len(patches), len(refused)) == (1, 3)
-        assert is_state(base, expected(base, patches[0].expert, before))
+        assert same_state(base, expected(base, patches[0].expert, before))
         patches[0].detach()
         assert same_state(base, before)
 
@@ -957,7 +953,7 @@ def test_a_damaged_stream_in_a_file_that_is_signed_again_changes_nothing() -> No
                 continue
             with pytest.raises(InvalidFile):
                 patch.swap(expert)
-            assert is_state(base, expected(base, good, before))
+            assert same_state(base, expected(base, good, before))
             patch.detach()
             with pytest.raises(InvalidFile):
                 sterna.attach(base, expert)
@@ -1112,7 +1108,7 @@ def test_a_patch_that_nobody_holds_stays_on_its_model() -> None:
     gc.collect()
     found = sterna.attached_to(base)
     assert found is not None
-    assert is_state(base, expected(base, expert, before))
+    assert same_state(base, expected(base, expert, before))
     found.detach()
     assert same_state(base, before)
 
@@ -1210,7 +1206,7 @@ def test_threads_share_the_work_and_change_nothing(threads: int, monkeypatch: py
     expert = sterna.compress(base, tuned(base, size=0.1), density=0.5)
     for _ in range(5):
         with sterna.attached(base, expert) as patch:
-            assert is_state(base, expected(base, expert, before))
+            assert same_state(base, expected(base, expert, before))
             assert patch.swallowed == dense_swallowed(expert, before)
         assert same_state(base, before)
 

@@ -137,3 +137,15 @@ def test_progress_bar_shows_on_a_terminal_only(place: Path) -> None:
     assert b"compress" in shown
     assert b"%" in shown
     assert sterna("compress", "base", "tuned", "-o", "bar.safetensors", cwd=place).stderr.count("%") == 0
+
+
+def test_a_file_cannot_drive_the_terminal(place: Path, tmp_path: Path) -> None:
+    import sterna as library
+
+    expert = library.compress(place / "base", place / "tuned", metadata={"note\x1b[2J": "red \x1b[31m text\x07", "日本": "読める"})
+    expert.save(tmp_path / "expert.safetensors")
+    shown = sterna("inspect", tmp_path / "expert.safetensors").stdout
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert r"red \x1b[31m text\x07" in shown
+    assert "読める" in shown

@@ -14,6 +14,7 @@ from sterna.errors import InvalidArgument, PairingError
 from sterna.expert.changes import Set
 from sterna.expert.expert import Expert
 from sterna.expert.facts import BaseFacts, Facts, Scope
+from sterna.expert.file import refuse_unwritable
 from sterna.fingerprint import HASHED_DTYPES, Fingerprint, fingerprint
 from sterna.progress import Progress, silent
 from sterna.sources.adapted import adapted
@@ -61,6 +62,8 @@ def compress(
     task = _task_vector(ours, tuned, exclude)
     for warning in task.warnings:
         warn(warning)
+    for change in task.exact:
+        refuse_unwritable(change)
     mark = base_fingerprint(ours, progress)
     levels, norm = ternarize(task.pieces, density=density, alpha=alpha, per_tensor=scope == "tensor", coding=chosen, progress=progress)
     if task.norm is not None:

@@ -63,7 +63,7 @@ def refuse_existing(target: Path) -> None:
 def _beside(target: Path) -> Path:
     if not target.name or not target.parent.is_dir():
         raise CannotWrite(f"{target.parent} is not a folder; create it first")
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    return target.with_name(f".sterna-{secrets.token_hex(6)}.part")  # not longer than a name may be
 
 
 def _sync_folder(folder: Path) -> None:

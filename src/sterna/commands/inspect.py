@@ -64,8 +64,13 @@ def _facts(summary: Summary) -> Table:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value:
-            table.add_row(Text(name), Text(value))
+            table.add_row(Text(printable(name)), Text(printable(value)))
     return table
+
+
+def printable(text: str) -> str:
+    """The text with whatever could steer a terminal written as an escape: the file may be anybody's."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _tensors(summary: Summary) -> Table:

@@ -26,6 +26,7 @@ Scope = Literal["global", "tensor"]
 
 _REFUSED_CONFIG = frozenset({"auto_map", "custom_pipelines", "quantization_config", "trust_remote_code", "architectures", "model_type"})
 """Config fields that no expert may hold: where code comes from, and what decides how weights are read."""
+_CODE = frozenset({"auto_map", "auto_mapping", "custom_pipelines", "trust_remote_code"})
 _LEFT_OUT_CONFIG = frozenset(
     {"dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
     | {"gradient_checkpointing", "num_labels"}
@@ -105,6 +106,8 @@ def check(facts: Facts) -> None:
             _require(len(name) <= _NAME and name.isprintable(), key, name, f"printable names of at most {_NAME} characters")
     for name in facts.config:
         _require(_allowed(name), "config", name, "fields that describe the model, not where its code or weights come from")
+    for key in ("config", "adapter"):
+        _require(not _names_code(getattr(facts, key)), key, "a value that names code", f"none of {', '.join(sorted(_CODE))}, at any depth")
     for key in ("config", "tokens", "adapter", "metadata"):
         _require(_plain_json(getattr(facts, key), _DEPTH), key, "its value", f"plain JSON at most {_DEPTH} deep, with finite numbers")
 
@@ -118,6 +121,13 @@ def _no_path(name: str) -> bool:
     """Whether a base's name is at most "organisation/name", so that it says nothing of its maker's disk and leads nowhere on its reader's."""
     parts = name.split("/")
     return len(parts) <= 2 and "\\" not in name and not {".", ".."} & set(parts) and (len(parts) == 1 or all(parts))
+
+
+def _names_code(value: object) -> bool:
+    """Whether a field that tells a library which code to import is set anywhere inside."""
+    if isinstance(value, Mapping):
+        return any((key in _CODE and held not in (None, False)) or _names_code(held) for key, held in value.items())
+    return isinstance(value, list | tuple) and any(map(_names_code, value))
 
 
 def _plain_json(value: object, depth: int) -> bool:

@@ -41,7 +41,7 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
     """
     exact = [change for change in expert.changes if isinstance(change, Set)]
     for change in exact:
-        _refuse_unwritable(change)
+        refuse_unwritable(change)
     if expert.facts.scope == "global" and any(np.float32(ternary.scale) != np.float32(expert.facts.scale) for ternary in expert.ternaries):
         raise InvalidArgument(f"an expert of scope 'global' has the scale {expert.facts.scale} in every tensor; scope 'tensor' lets them differ")
     exact.sort(key=lambda change: (-change.value.element_size(), change.name))
@@ -53,7 +53,8 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
     return pieces(to_json(expert.facts), parts)
 
 
-def _refuse_unwritable(change: Set) -> None:
+def refuse_unwritable(change: Set) -> None:
+    """Raise Unsupported or InvalidArgument for an exact tensor that a file cannot hold."""
     if change.value.dtype not in CODES:
         raise Unsupported(f"{change.name} is {change.value.dtype}, which an expert cannot keep exactly; expected a plain float, integer or bool")
     if change.name in (TABLE, STREAMS, CHECKSUM, "__metadata__") or change.value.dim() > MAX_DIMENSIONS:
