@@ -99,7 +99,9 @@ class Joined:
 
     @classmethod
     def of(cls, ternaries: Sequence[Ternary]) -> Joined:
-        """Join tensors that lie in one buffer, under one coding."""
+        """Join tensors that lie in one buffer, under one coding; ValueError otherwise."""
+        if any(t.data is not ternaries[0].data or t.coding is not ternaries[0].coding for t in ternaries):
+            raise ValueError("the ternary tensors of one expert lie in one buffer, under one coding")
         lengths = [len(t.blocks) for t in ternaries]
         empty = np.empty(0, np.int64)
         blocks = Blocks(*(np.concatenate([empty, *(getattr(t.blocks, column) for t in ternaries)]) for column in Blocks.__slots__))
