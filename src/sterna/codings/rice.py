@@ -295,26 +295,38 @@ def _decode_tripled(data, start, end, n, b, size, codes, out):
         at += population(_bits(data, third_at + k) & ((_U(1) << min(_U(56), n - k)) - _U(1)))
     quotient_at = at
     bit = _U(0)
-    base = _U(0)
+    word = _U(0)
+    base = _U(0) - _U(56)
     gaps = _U(0)
     position = _U(0)
+    together = _U(8) if b <= _U(7) else _U(1)
     i = _U(0)
     while i < n:
-        if at >= end:
-            return False
-        word = _bits(data, at) & _WINDOW
-        for _ in range(min(population(word), n - i)):
+        lows = _bits(data, low_at)
+        thirds = _bits(data, third_at + i)
+        whiches = _bits(data, which_at)
+        signs = _bits(data, start + i)
+        many = min(together, n - i)
+        low_at += many * b
+        for _ in range(many):
+            while word == _U(0):
+                if at >= end:
+                    return False
+                word = _bits(data, at) & _WINDOW
+                base += _U(56)
+                at += _U(56)
             bit = base + trailing_zeros(word)
             word &= word - _U(1)
-            third = _bits(data, third_at + i) & _U(1)
-            gaps += (_bits(data, low_at) & mask) + ((third + (_bits(data, which_at) & third)) << b)
-            low_at += b
+            third = thirds & _U(1)
+            thirds >>= _U(1)
+            gaps += (lows & mask) + ((third + (whiches & third)) << b)
+            lows >>= b
+            whiches >>= third
             which_at += third
             position = (_U(3) * (bit - i) << b) + gaps + i
-            codes[out + i] = np.uint32(position << _U(1) | _bits(data, start + i) & _U(1))
+            codes[out + i] = np.uint32(position << _U(1) | signs & _U(1))
+            signs >>= _U(1)
             i += _U(1)
-        base += _U(56)
-        at += _U(56)
     return end - quotient_at - bit - _U(1) < _U(8) and position < size
 
 
