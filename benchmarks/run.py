@@ -25,7 +25,7 @@ from rendering import goals, markdown, result_markdown
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
-NAMES = ("size", "compress", "attach", "swap", "latency", "threads", "memory", "causal_lm")
+NAMES = ("size", "compress", "attach", "swap", "latency", "threads", "memory", "causal_lm", "command_line")
 PASSED_ON = ("--base", "--tuned", "--causal-lm")
 ALONE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Where a script wants more threads than one, it says so to torch."""

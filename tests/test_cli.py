@@ -45,7 +45,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
     once()
     took = statistics.median(once() for _ in range(5))
-    assert took < 1.0  # a machine that runs tests is busy; the goal of 0.3 s is reported by benchmarks/cli.py
+    assert took < 1.0  # a machine that runs tests is busy; the goal of 0.3 s is reported by benchmarks/command_line.py
     code = "import sys, sterna.commands; print([m for m in ('torch', 'numba', 'transformers', 'peft', 'pydantic', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
