@@ -27,7 +27,9 @@ from sterna.demo.data import read_tab
 from sterna.demo.needs import quiet
 
 STEPS, BATCH, TOKENS, RATE = 24, 4, 64, 3e-5
-DENSITIES, ALPHAS = (0.05, 0.1), (2.0, 3.0, 4.0, 6.0)
+DENSITIES, ALPHAS = (0.05, 0.1), (2.0, 4.0, 6.0, 8.0)
+FACTORS = (1.0, 1.5, 2.0, 3.0)
+"""Scales tried on the uncompressed task vector."""
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -76,14 +78,30 @@ def perplexity(model: Any, segments: list[torch.Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+class Dense:
+    """The tuned model with its uncompressed task vector at any scale."""
+
+    def __init__(self, tuned: Any, base: Any) -> None:
+        self.model = tuned
+        self.base = [parameter.detach().clone() for parameter in base.parameters()]
+        self.tau = [parameter.detach() - before for parameter, before in zip(tuned.parameters(), self.base, strict=True)]
+
+    def scaled(self, factor: float) -> Any:
+        with torch.no_grad():
+            for parameter, before, tau in zip(self.model.parameters(), self.base, self.tau, strict=True):
+                torch.add(before, tau, alpha=factor, out=parameter)
+        return self.model
+
+
 def quality(report: harness.Report, model: Any, base: Path, tuned: Path, held: list[torch.Tensor], folder: Path) -> list[sterna.Expert]:
-    """A file and a perplexity for each density; alpha is chosen on the first third of the held-out segments, the rest is for the table."""
+    """A file and a perplexity for each density; scales are chosen on the first third of the held-out segments, the rest is for the table."""
     choosing, test = held[: len(held) // 3], held[len(held) // 3 :]
     parameters = sum(tensor.numel() for tensor in model.parameters())
-    rows = [
-        ["base", "", "", "", "", perplexity(model, test)],
-        ["tuned, 16 bit", "", round(2 * parameters / 1e6, 2), "", "", perplexity(load(tuned), test)],
-    ]
+    rows = [["base", "", "", "", "", perplexity(model, test)]]
+    dense = Dense(load(tuned), model)
+    rows.append(["tuned, as a 16-bit copy", "", 2 * parameters / 1e6, "", "", perplexity(dense.scaled(1.0), test)])
+    factor = min(FACTORS, key=lambda factor: perplexity(dense.scaled(factor), choosing))
+    rows.append([f"the same, task vector times {factor:g}", "", 2 * parameters / 1e6, "", "", perplexity(dense.scaled(factor), test)])
     chosen = []
     for density in DENSITIES:
         with harness.threads(harness.CORES):
