@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -26,6 +26,7 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 """The columns of a fingerprint: the base itself, and the base rounded to the two narrower dtypes."""
 HASHED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _SLICE = 1 << 20
@@ -77,9 +78,19 @@ def tensor_digest(tensor: torch.Tensor, rounded_to: torch.dtype = torch.float32)
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
     """Fingerprint of a base given as its floating-point tensors by name. Tensors are hashed in parallel by torch's number of threads."""
     names = tuple(sorted(tensors))
-    digests = _in_threads(_three_digests, [tensors[name] for name in names])
-    shorts = np.frombuffer(b"".join(d[:SHORT] for three in digests for d in three), np.uint8).reshape(len(names), 3, SHORT)
-    return Fingerprint(names, combine(three[0] for three in digests), shorts)
+    for name in names:
+        if tensors[name].dtype not in HASHED_DTYPES:
+            raise InvalidArgument(f"cannot fingerprint {name} of dtype {tensors[name].dtype}; expected one of float32, bfloat16, float16")
+    columns = [(name, _column(tensors[name], precision)) for name in names for precision in PRECISIONS]
+    distinct = list(dict.fromkeys(columns))
+    digests = dict(zip(distinct, _in_threads(lambda column: tensor_digest(tensors[column[0]], column[1]), distinct), strict=True))
+    shorts = np.frombuffer(b"".join(digests[column][:SHORT] for column in columns), np.uint8).reshape(len(names), 3, SHORT)
+    return Fingerprint(names, combine(digests[column] for column in columns[0::3]), shorts)
+
+
+def _column(tensor: torch.Tensor, precision: torch.dtype) -> torch.dtype:
+    """The precision to round to: rounding to the tensor's own dtype is no rounding."""
+    return torch.float32 if tensor.dtype == precision else precision
 
 
 def combine(digests: Iterable[bytes]) -> bytes:
@@ -87,16 +98,7 @@ def combine(digests: Iterable[bytes]) -> bytes:
     return hashlib.sha256(b"".join(digests)).digest()
 
 
-def _three_digests(tensor: torch.Tensor) -> tuple[bytes, bytes, bytes]:
-    if tensor.dtype not in HASHED_DTYPES:
-        raise InvalidArgument(f"cannot fingerprint a tensor of dtype {tensor.dtype}; expected one of float32, bfloat16, float16")
-    exact = tensor_digest(tensor)
-    bf16 = exact if tensor.dtype == torch.bfloat16 else tensor_digest(tensor, torch.bfloat16)
-    fp16 = exact if tensor.dtype == torch.float16 else tensor_digest(tensor, torch.float16)
-    return exact, bf16, fp16
-
-
-def _in_threads(function: Callable[[torch.Tensor], T], items: list[torch.Tensor]) -> list[T]:
+def _in_threads(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
     if torch.get_num_threads() == 1 or len(items) < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

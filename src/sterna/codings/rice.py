@@ -10,7 +10,7 @@ divisor M = 2^b or 3 * 2^b, the bits of a block are five planes one after anothe
     quotient  the rest        floor(g / M) zeros and a one, for each non-zero
 
 That is the length of Golomb's code of the gaps (Golomb 1966, Rice 1979) with a raw sign, in another order: every plane but the last two has a
-fixed width, and the last is read 56 bits at a time. `docs/format.md` specifies the index.
+fixed width and is read eight fields at a time, and the last gives its ones one by one. `docs/format.md` specifies the index.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from numba import njit
 
 from sterna.codings import CHUNK, U8, U32, Blocks, Coding, register
 from sterna.errors import InvalidFile
-from sterna.numbers.machine import load64, population, trailing_zeros
+from sterna.numbers.machine import load64, place8, place8_tripled, population, trailing_zeros
 
 FULL = 255  # parameter of a block without zeros: no positions are stored, signs only
 _MAX_PARAMETER = 2 * 20 + 1  # b <= 20: a block is no longer than a chunk
 _U = np.uint64
-_WINDOW = _U((1 << 56) - 1)  # quotient bits that one load gives wherever they begin
+_EIGHT = _U(8)
+_WIDEST = _U(7)  # b up to which eight low parts, wherever they begin, lie in one load
+_FARTHEST = _U(1 << 22)  # quotient bits from which on no block reaches
 
 
 @njit(nogil=True, cache=True, boundscheck=False, inline="always")
@@ -248,91 +250,96 @@ def _decode_full(data, start, n, codes, out):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _decode_power(data, start, end, n, b, size, codes, out):
-    """Codes of a block with M = 2^b at codes[out:out+n]; False where its planes do not end in its last byte or a position leaves the block."""
-    mask = (_U(1) << b) - _U(1)
-    low_at = start + n
-    quotient_at = at = low_at + n * b
-    bit = _U(0)
-    word = _U(0)  # quotient bits loaded and not yet used
-    base = _U(0) - _U(56)  # number of the word's lowest bit
-    gaps = _U(0)  # sum of the low parts so far, and of the non-zeros themselves
-    position = _U(0)
-    together = _U(8) if b <= _U(7) else _U(1)  # non-zeros whose low parts fit one load
+def _quotients(data, start, end, n, highs):
+    """Sums of the quotients up to each of n non-zeros, from the plane at bit `start`; False where there are fewer ones before the byte of `end`.
+
+    That is the number of a one's bit less those before it. Up to 7 entries after highs[n - 1] are written too.
+    """
+    at = start >> _U(3)
+    stop = (end + _U(7)) >> _U(3)
+    word = load64(data, at) >> (start & _U(7)) << (start & _U(7))
+    base = _U(0) - (start & _U(7))
     i = _U(0)
-    while i < n:
-        lows = _bits(data, low_at)
-        signs = _bits(data, start + i)
-        many = min(together, n - i)
-        low_at += many * b
-        for _ in range(many):
-            while word == _U(0):
-                if at >= end:
-                    return False
-                word = _bits(data, at) & _WINDOW
-                base += _U(56)
-                at += _U(56)
-            bit = base + trailing_zeros(word)
-            word &= word - _U(1)
-            gaps += lows & mask
-            lows >>= b
-            position = ((bit - i) << b) + gaps + i
-            codes[out + i] = np.uint32(position << _U(1) | signs & _U(1))
-            signs >>= _U(1)
-            i += _U(1)
-    return end - quotient_at - bit - _U(1) < _U(8) and position < size  # a last bit beyond the end wraps to a large number
+    while True:
+        many = min(population(word), n - i)
+        zeros = base - i
+        for first in range(i, i + many, _EIGHT):
+            for j in range(first, first + _EIGHT):  # some too many cost less than a branch that nobody can foresee
+                highs[j] = np.uint32(zeros + trailing_zeros(word))
+                word &= word - _U(1)
+                zeros -= _U(1)
+        i += many
+        if i >= n:
+            return True
+        base += _U(64)
+        at += _U(8)
+        if at >= stop or base > _FARTHEST:
+            return False
+        word = load64(data, at)
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _decode_tripled(data, start, end, n, b, size, codes, out):
+def _decode_power(data, start, end, n, b, size, codes, out, highs):
+    """Codes of a block with M = 2^b at codes[out:out+n]; False where its planes do not end in its last byte or a position leaves the block."""
+    mask = (_U(1) << b) - _U(1)
+    low_at = start + n
+    quotient_at = low_at + n * b
+    if not _quotients(data, quotient_at, end, n, highs):
+        return False
+    gaps = _U(0)  # sum of the low parts so far
+    i = _U(0)
+    if b <= _WIDEST:
+        while i + _EIGHT <= n:
+            gaps += place8(codes, out + i, highs, i, gaps + i, _bits(data, start + i), _bits(data, low_at), b, mask)
+            low_at += _EIGHT * b
+            i += _EIGHT
+    while i < n:
+        gaps += _bits(data, low_at) & mask
+        low_at += b
+        codes[out + i] = np.uint32(((_U(highs[i]) << b) + gaps + i) << _U(1) | _bits(data, start + i) & _U(1))
+        i += _U(1)
+    high = _U(highs[n - _U(1)])
+    position = (high << b) + gaps + n - _U(1)  # the largest: all others are in the block where this one is
+    return end - quotient_at - high - n < _U(8) and position < size  # a last bit beyond the end wraps to a large number
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _decode_tripled(data, start, end, n, b, size, codes, out, highs):
     """The same for M = 3 * 2^b."""
     mask = (_U(1) << b) - _U(1)
     low_at = start + n
     third_at = low_at + n * b
     which_at = third_at + n
-    at = which_at
+    quotient_at = which_at
     for k in range(_U(0), n, _U(56)):
-        at += population(_bits(data, third_at + k) & ((_U(1) << min(_U(56), n - k)) - _U(1)))
-    quotient_at = at
-    bit = _U(0)
-    word = _U(0)
-    base = _U(0) - _U(56)
+        quotient_at += population(_bits(data, third_at + k) & ((_U(1) << min(_U(56), n - k)) - _U(1)))
+    if not _quotients(data, quotient_at, end, n, highs):
+        return False
     gaps = _U(0)
-    position = _U(0)
-    together = _U(8) if b <= _U(7) else _U(1)
     i = _U(0)
+    if b <= _WIDEST:
+        while i + _EIGHT <= n:
+            thirds = _bits(data, third_at + i) & _U(255)
+            lows = _bits(data, low_at)
+            gaps += place8_tripled(codes, out + i, highs, i, gaps + i, _bits(data, start + i), lows, b, mask, thirds, _bits(data, which_at))
+            low_at += _EIGHT * b
+            which_at += population(thirds)
+            i += _EIGHT
     while i < n:
-        lows = _bits(data, low_at)
-        thirds = _bits(data, third_at + i)
-        whiches = _bits(data, which_at)
-        signs = _bits(data, start + i)
-        many = min(together, n - i)
-        low_at += many * b
-        for _ in range(many):
-            while word == _U(0):
-                if at >= end:
-                    return False
-                word = _bits(data, at) & _WINDOW
-                base += _U(56)
-                at += _U(56)
-            bit = base + trailing_zeros(word)
-            word &= word - _U(1)
-            third = thirds & _U(1)
-            thirds >>= _U(1)
-            gaps += (lows & mask) + ((third + (whiches & third)) << b)
-            lows >>= b
-            whiches >>= third
-            which_at += third
-            position = (_U(3) * (bit - i) << b) + gaps + i
-            codes[out + i] = np.uint32(position << _U(1) | signs & _U(1))
-            signs >>= _U(1)
-            i += _U(1)
-    return end - quotient_at - bit - _U(1) < _U(8) and position < size
+        third = _bits(data, third_at + i) & _U(1)
+        gaps += (_bits(data, low_at) & mask) + ((third + (_bits(data, which_at) & third)) << b)
+        low_at += b
+        which_at += third
+        codes[out + i] = np.uint32(((_U(3) * _U(highs[i]) << b) + gaps + i) << _U(1) | _bits(data, start + i) & _U(1))
+        i += _U(1)
+    high = _U(highs[n - _U(1)])
+    position = (_U(3) * high << b) + gaps + n - _U(1)
+    return end - quotient_at - high - n < _U(8) and position < size
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _decode_blocks(data, size, count, offset, length, parameter, codes):
-    """Decode blocks one after another into `codes`; returns the first that does not decode, or -1."""
+def _decode_blocks(data, size, count, offset, length, parameter, codes, highs):
+    """Decode blocks one after another into `codes`; returns the first that does not decode, or -1. `highs`: the largest count and 8 more."""
     out = 0
     for k in range(count.size):
         n = count[k]
@@ -343,9 +350,9 @@ def _decode_blocks(data, size, count, offset, length, parameter, codes):
             if parameter[k] == FULL:
                 good = _decode_full(data, start, _U(n), codes, _U(out))
             elif parameter[k] & 1:
-                good = _decode_tripled(data, start, end, _U(n), half, _U(size[k]), codes, _U(out))
+                good = _decode_tripled(data, start, end, _U(n), half, _U(size[k]), codes, _U(out), highs)
             else:
-                good = _decode_power(data, start, end, _U(n), half, _U(size[k]), codes, _U(out))
+                good = _decode_power(data, start, end, _U(n), half, _U(size[k]), codes, _U(out), highs)
             if not good:
                 return k
             out += n
@@ -381,7 +388,8 @@ class _Rice:
     def decode(self, data: U8, blocks: Blocks, first: int, last: int, codes: U32) -> None:
         part = slice(first, last)
         columns = (blocks.size[part], blocks.count[part], blocks.offset[part], blocks.length[part], blocks.parameter[part])
-        bad = _decode_blocks(data, *columns, codes)
+        highs = np.empty(int(blocks.count[part].max(initial=0)) + 8, np.uint32)
+        bad = _decode_blocks(data, *columns, codes, highs)
         if bad >= 0:
             raise InvalidFile(f"block {first + bad} of a stream does not decode within its bounds: the file is damaged")
 

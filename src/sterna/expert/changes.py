@@ -16,7 +16,7 @@ from sterna.codings import CHUNK, I64, U8, U32, Blocks, Coding
 if TYPE_CHECKING:
     import torch
 
-BATCH = 1 << 15
+BATCH = 1 << 17
 
 Role = Literal["head", "buffer", "rows", "untied", "saved"]
 

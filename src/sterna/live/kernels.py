@@ -130,3 +130,43 @@ def restore(codes, first, last, addresses, sizes, counts, saved_from, undo, done
             live[_U(codes[at + i] >> np.uint32(1))] = undo[saved + i]
         at += _U(counts[k])
     done[batch] = 0
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def add_product(live, A, B, scale, kind):
+    """live[i, j] += scale * (B @ A)[i, j], rounded once. A int8[r, in], B int8[out, r], scale float32, live words [out, in].
+
+    Returns how many entries of the product are not zero, and how many of those rounding left as they were.
+    """
+    rank, inner = A.shape
+    row = np.empty(inner, np.int32)
+    updates = lost = 0
+    for i in range(B.shape[0]):
+        row[:] = 0
+        empty = True
+        for k in range(rank):
+            if B[i, k] > 0:
+                for j in range(inner):
+                    row[j] += np.int32(A[k, j])
+            elif B[i, k] < 0:
+                for j in range(inner):
+                    row[j] -= np.int32(A[k, j])
+            empty &= B[i, k] == 0
+        if empty:
+            continue
+        changed = same = 0
+        for j in range(inner):
+            old = live[i, j]
+            step = np.float32(row[j]) * scale
+            if kind == FLOAT:
+                new = live.dtype.type(np.float32(old) + step)
+            elif kind == BF16:
+                new = live.dtype.type(float_to_bf16(bf16_to_float(np.uint16(old)) + step))
+            else:
+                new = live.dtype.type(float_to_fp16(fp16_to_float(np.uint16(old)) + step))
+            live[i, j] = new
+            changed += row[j] != 0
+            same += (row[j] != 0) & (new == old)
+        updates += changed
+        lost += same
+    return updates, lost

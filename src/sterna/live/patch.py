@@ -18,7 +18,7 @@ from sterna.expert.expert import Expert, new_value
 from sterna.fingerprint import LiveDigests, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
-from sterna.live.update import NATIVE, Overwrite, Step, sparse_adds
+from sterna.live.update import NATIVE, AddProduct, Overwrite, Step, sparse_adds
 from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_unpatchable
 from sterna.sources.names import some
 from sterna.sources.stored import unwrap
@@ -352,5 +352,7 @@ def _steps_of(change: Factors | Multiply | Set, slots: dict[str, Slot], live: Li
         if alone or change.role == "rows" or slot.tensor.shape != change.value.shape:
             return [Replace([slot] if alone else sharing, partial(new_value, change, slot.tensor))]
         return [Overwrite(slot.tensor, partial(new_value, change), counts=False)]
+    if isinstance(change, Factors) and AddProduct.fits(slot.tensor):
+        return [AddProduct(slot.tensor, change)]
     names = (change.name, change.bias) if isinstance(change, Multiply) and change.bias else (change.name,)
     return [Overwrite(slots[name].tensor, partial(new_value, change), counts=True) for name in names]

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sterna.expert.changes import Joined, Ternary
-from sterna.live.kernels import AHEAD, BF16, FLOAT, FP16, add, restore
+from sterna.expert.changes import Factors, Joined, Ternary
+from sterna.live.kernels import AHEAD, BF16, FLOAT, FP16, add, add_product, restore
 
 NATIVE = {torch.float32: (np.float32, FLOAT), torch.float64: (np.float64, FLOAT), torch.bfloat16: (np.uint16, BF16), torch.float16: (np.uint16, FP16)}
 """numpy's view of each live dtype, and how the kernels compute with it."""
@@ -129,6 +129,41 @@ class ScatteredAdd:
     def _index(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         codes = torch.from_numpy(self._ternary.codes()).to(self._tensor.device)
         return torch.unravel_index(codes >> 1, self._tensor.shape), (codes & 1).bool()
+
+
+class AddProduct:
+    """The product of a LoRA's coded factors added to one tensor in plain CPU memory, row by row, without making the product."""
+
+    def __init__(self, tensor: torch.Tensor, change: Factors) -> None:
+        self._tensor = tensor
+        self._change = change
+        self._saved: torch.Tensor | None = None
+        self.updates = 0
+        self.undo_bytes = tensor.numel() * tensor.element_size()
+        self.swallowed = 0
+
+    @staticmethod
+    def fits(tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in NATIVE and tensor.dtype != torch.float64
+
+    def apply(self) -> None:
+        change = self._change
+        A = change.A.levels().reshape(change.A.shape[0], -1)
+        B = change.B.levels().reshape(change.B.shape[0], -1)
+        if change.transposed:
+            A, B = np.ascontiguousarray(B.T), np.ascontiguousarray(A.T)
+        words, kind = NATIVE[self._tensor.dtype]
+        tensor = self._tensor.detach()
+        live = tensor.view(torch.int16).numpy().view(words) if kind != FLOAT else tensor.numpy()
+        scale = np.float32(change.A.scale * change.B.scale * change.scaling)
+        self._saved = tensor.clone()
+        self.updates, self.swallowed = add_product(live.reshape(B.shape[0], -1), A, B, scale, kind)
+        torch.autograd.graph.increment_version([self._tensor])
+
+    def revert(self) -> None:
+        if self._saved is not None:
+            self._tensor.detach().copy_(self._saved)
+            self._saved = None
 
 
 class Overwrite:

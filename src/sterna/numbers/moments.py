@@ -8,28 +8,25 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from sterna.numbers.machine import add_lanes
+
 _LANES = 8
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def sums(values: NDArray[np.float32]) -> tuple[float, float]:
     """(sum, sum of squares) of float32 `values`, accumulated in 8 float64 lanes that are added in order."""
-    total = np.zeros(_LANES, np.float64)
-    squares = np.zeros(_LANES, np.float64)
+    lanes = np.zeros(2 * _LANES, np.float64)
     whole = values.size - values.size % _LANES
-    for i in range(0, whole, _LANES):
-        for lane in range(_LANES):
-            value = np.float64(values[i + lane])
-            total[lane] += value
-            squares[lane] += value * value
+    add_lanes(values, np.uint64(whole), lanes)
     for i in range(whole, values.size):
         value = np.float64(values[i])
-        total[0] += value
-        squares[0] += value * value
+        lanes[0] += value
+        lanes[_LANES] += value * value
     s = q = 0.0
     for lane in range(_LANES):
-        s += total[lane]
-        q += squares[lane]
+        s += lanes[lane]
+        q += lanes[_LANES + lane]
     return s, q
 
 

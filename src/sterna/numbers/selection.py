@@ -12,6 +12,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from sterna.numbers.machine import above64, trailing_zeros
+
 UPPER_BINS = 1 << 16
 LOWER_BINS = 1 << 15
 _FIRST_NONFINITE = 0x7F800000 >> 15
@@ -39,7 +41,16 @@ def count_lower(values: NDArray[np.float32], upper: int, histogram: NDArray[np.i
     """Add those `values` whose upper bits are `upper` to the int64[32768] `histogram` of their lower bits."""
     bits = values.view(np.uint32)
     wanted = np.uint32(upper)
-    for i in range(bits.size):
+    last = np.uint32(wanted << np.uint32(15) | np.uint32(0x7FFF))
+    whole = bits.size - bits.size % 64
+    for first in range(0, whole, 64):
+        inside = ~above64(bits, first, last)
+        if wanted:
+            inside &= above64(bits, first, np.uint32((wanted << np.uint32(15)) - np.uint32(1)))
+        while inside:
+            histogram[bits[first + trailing_zeros(inside)] & np.uint32(0x7FFF)] += 1
+            inside &= inside - np.uint64(1)
+    for i in range(whole, bits.size):
         magnitude = bits[i] & np.uint32(0x7FFFFFFF)
         if magnitude >> np.uint32(15) == wanted:
             histogram[magnitude & np.uint32(0x7FFF)] += 1
@@ -102,6 +113,14 @@ def emit(values: NDArray[np.float32], bits: int, ties: int, codes: NDArray[np.ui
         kept += np.uint64(magnitude >= threshold)
         ties -= magnitude == threshold
         i += 1
+    while i + 64 <= patterns.size:  # most of 64 are below: look at those above alone
+        above = above64(patterns, i, threshold)
+        while above:
+            j = i + trailing_zeros(above)
+            above &= above - np.uint64(1)
+            codes[kept] = np.uint32(j) << np.uint32(1) | patterns[j] >> np.uint32(31)
+            kept += np.uint64(1)
+        i += 64
     for j in range(i, patterns.size):
         pattern = patterns[j]
         codes[kept] = np.uint32(j) << np.uint32(1) | pattern >> np.uint32(31)
