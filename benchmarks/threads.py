@@ -26,7 +26,7 @@ from sterna import compeft
 from sterna.codings import CHUNK, PADDING, by_name
 from sterna.expert.changes import Ternary
 
-ENTRIES, DENSITY, BATCH = 134_515_008, 0.05, 1 << 18
+ENTRIES, DENSITY = 134_515_008, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +47,25 @@ def uniform_chunks(entries: int) -> list[Chunk]:
     return chunks
 
 
-def decode(ternary: Ternary, threads: int) -> None:
-    """All codes of a tensor, batch by batch, each thread into memory of its own."""
-    blocks = ternary.blocks
-    starts = np.searchsorted(np.cumsum(blocks.count), np.arange(0, ternary.count, BATCH), side="left").tolist()
-    batches = list(zip(starts, [*starts[1:], len(blocks)], strict=True))
-    most = max(int(blocks.count[first:last].sum()) for first, last in batches)
+class Decoding:
+    """All codes of a tensor, into memory that is there already: each thread decodes one run of blocks with one call, which holds no lock."""
 
-    def share(worker: int) -> None:
-        codes = np.empty(most, np.uint32)
-        for first, last in batches[worker::threads]:
-            ternary.coding.decode(ternary.data, blocks, first, last, codes)
+    def __init__(self, ternary: Ternary, threads: int) -> None:
+        self.ternary = ternary
+        ends = np.cumsum(ternary.blocks.count)
+        edges = np.searchsorted(ends, np.linspace(0, ternary.count, threads + 1)[1:-1]).tolist()
+        self.shares = list(zip([0, *edges], [*edges, len(ends)], strict=True))
+        self.codes = [np.zeros(int(ternary.blocks.count[first:last].sum()), np.uint32) for first, last in self.shares]
+        self.pool = ThreadPoolExecutor(threads)
 
-    if threads == 1:
-        share(0)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(share, range(threads)))
+    def share(self, worker: int) -> None:
+        self.ternary.coding.decode(self.ternary.data, self.ternary.blocks, *self.shares[worker], self.codes[worker])
+
+    def __call__(self) -> None:
+        if len(self.shares) == 1:
+            self.share(0)
+        else:
+            list(self.pool.map(self.share, range(len(self.shares))))
 
 
 def both(report: harness.Report, rows: list[list[object]], name: str, one: Side, two: Side, rounds: int, goal: bool) -> None:
@@ -92,7 +94,7 @@ def streams(report: harness.Report, rows: list[list[object]], entries: int, roun
     stream = encode()
     data = np.frombuffer(stream + bytes(PADDING), np.uint8)
     ternary = Ternary.open((entries,), 1.0, coding, data, 0, len(stream))
-    both(report, rows, "decoding to positions", *(Side(lambda count=count: decode(ternary, count), wall=True) for count in (1, 2)), rounds, goal=True)
+    both(report, rows, "decoding to positions", *(Side(Decoding(ternary, count), wall=True) for count in (1, 2)), rounds, goal=True)
 
 
 def causal_lm(report: harness.Report, rows: list[list[object]], options: object, rounds: int) -> None:
