@@ -16,7 +16,7 @@ import harness
 import inputs
 import sterna
 from harness import Side, milliseconds
-from sterna import compeft
+from sterna import streaming
 from sterna.codings import by_name
 from sterna.compression import base_fingerprint
 from sterna.fingerprint import tensor_digest
@@ -82,7 +82,7 @@ def against_kthvalue(report: harness.Report, tau: torch.Tensor, rounds: int) -> 
 def breakdown(report: harness.Report, base: inputs.State, tuned: inputs.State, rounds: int) -> None:
     """Each part of compress by itself, over the same chunks."""
     task = finetune(open_checkpoint(base), open_checkpoint(tuned), ())
-    chunks = [chunk for piece in task.pieces for chunk in compeft._chunks(piece)]
+    chunks = [chunk for piece in task.pieces for chunk in streaming.chunks_of(piece)]
     taus = [chunk.read().copy() for chunk in chunks]
     flat = np.concatenate(taus)
     threshold = select(flat, int(DENSITIES[0] * flat.size))

@@ -22,7 +22,7 @@ import harness
 import inputs
 import sterna
 from harness import Side, milliseconds, ratio
-from sterna import compeft
+from sterna import streaming
 from sterna.codings import CHUNK, PADDING, by_name
 from sterna.expert.changes import Ternary
 
@@ -88,7 +88,7 @@ def streams(report: harness.Report, rows: list[list[object]], entries: int, roun
     coding, chunks = by_name("rice"), uniform_chunks(entries)
 
     def encode() -> bytes:
-        return b"".join(record for _, record in compeft._ordered(lambda chunk: coding.encode(chunk.codes, chunk.size), chunks))
+        return b"".join(record for _, record in streaming.ordered(lambda chunk: coding.encode(chunk.codes, chunk.size), chunks))
 
     both(report, rows, "encoding", with_threads(1, encode), with_threads(2, encode), rounds, goal=True)
     stream = encode()

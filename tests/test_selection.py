@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from sterna import codings
 from sterna.codings import CHUNK
-from sterna.compeft import kept_entries, ternarize
+from sterna.compeft import ternarize
 from sterna.errors import InvalidArgument
 from sterna.expert.changes import Ternary
 from sterna.numbers import moments, selection
+from sterna.numbers.selection import kept_entries
 from sterna.progress import silent
 from sterna.taskvector import Piece
 

@@ -10,34 +10,20 @@ from __future__ import annotations
 import math
 import mmap
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
 from functools import partial
-from typing import IO, TypeVar
+from typing import IO
 
 import numpy as np
-import torch
 
-from sterna.codings import CHUNK, I64, PADDING, U8, Coding
+from sterna.codings import PADDING, U8, Coding
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert.changes import Ternary
 from sterna.numbers import moments, selection
+from sterna.numbers.selection import kept_entries
 from sterna.progress import Progress
-from sterna.taskvector import F32, Piece
-
-T = TypeVar("T")
-
-_MOST_THREADS = 8
-"""Each works on chunks of its own, some 80 MB with what the allocator keeps: many more would break the bound on memory."""
-
-
-def kept_entries(density: float, entries: int) -> int:
-    """floor(density * entries), the density taken as the decimal number that it is written as: 0.29 of 100 is 29."""
-    return math.floor(Fraction(Decimal(repr(float(density)))) * entries)
+from sterna.streaming import Chunk, Histogram, chunks_of, ordered, scratch
+from sterna.taskvector import Piece
 
 
 def check_options(density: float, alpha: float) -> None:
@@ -85,10 +71,10 @@ def ternarize(
 
 def _survey(pieces: Sequence[Piece], density: float, advance: Callable[[int], None]) -> tuple[selection.Threshold, float, float]:
     """Threshold, standard deviation and sum of squares of the vector that the pieces make up."""
-    chunks = [chunk for piece in pieces for chunk in _chunks(piece)]
-    upper = _Histogram(selection.UPPER_BINS)
+    chunks = [chunk for piece in pieces for chunk in chunks_of(piece)]
+    upper = Histogram(selection.UPPER_BINS)
 
-    def first(chunk: _Chunk) -> tuple[float, float]:
+    def first(chunk: Chunk) -> tuple[float, float]:
         tau = chunk.read()
         sums: tuple[float, float] = moments.sums(tau)
         if not math.isfinite(sums[1]):
@@ -97,19 +83,19 @@ def _survey(pieces: Sequence[Piece], density: float, advance: Callable[[int], No
         return sums
 
     total = squares = 0.0
-    for chunk, sums in _ordered(first, chunks):
+    for chunk, sums in ordered(first, chunks):
         total += sums[0]
         squares += sums[1]
         advance(chunk.size)
     entries = sum(piece.size for piece in pieces)
     wanted = kept_entries(density, entries)
     upper_bin, above = selection.locate_upper(upper.total(), wanted)
-    lower = _Histogram(selection.LOWER_BINS)
+    lower = Histogram(selection.LOWER_BINS)
 
-    def second(chunk: _Chunk) -> None:
+    def second(chunk: Chunk) -> None:
         selection.count_lower(chunk.read(), upper_bin, lower.mine())
 
-    for chunk, _ in _ordered(second, chunks):
+    for chunk, _ in ordered(second, chunks):
         advance(chunk.size)
     return selection.locate(upper_bin, above, lower.total(), wanted), moments.standard_deviation(entries, total, squares), squares
 
@@ -120,16 +106,16 @@ def _write_streams(
     """Code the pieces one after another into `file`; yields (piece, first byte, byte after the last)."""
     left = threshold.ties
 
-    def levels(chunk: _Chunk, ties: int) -> tuple[bytes, int]:
+    def levels(chunk: Chunk, ties: int) -> tuple[bytes, int]:
         tau = chunk.read()
         used = min(selection.count_equal(tau, threshold.bits), ties) if ties else 0
-        codes = _scratch.codes[: tau.size]
+        codes = scratch.codes[: tau.size]
         kept = selection.emit(tau, threshold.bits, used, codes)
         return coding.encode(codes[:kept], chunk.size), used
 
     for piece in pieces:
         begin = file.tell()
-        for chunk, (record, used) in _ordered(partial(levels, ties=left), _chunks(piece)):
+        for chunk, (record, used) in ordered(partial(levels, ties=left), chunks_of(piece)):
             if used > left:  # an earlier chunk, worked on at the same time, took some of them
                 record, used = levels(chunk, left)
             left -= used
@@ -141,73 +127,5 @@ def _write_streams(
         yield piece, begin, file.tell()
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Flat entries start..stop-1 of a piece."""
-
-    piece: Piece
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-    def read(self) -> F32:
-        """The entries, in this thread's own memory until it reads the next chunk."""
-        out = _scratch.tau[: self.size]
-        self.piece.read(self.start, self.stop, out)
-        return out
-
-
-def _chunks(piece: Piece) -> list[_Chunk]:
-    return [_Chunk(piece, start, min(start + CHUNK, piece.size)) for start in range(0, piece.size, CHUNK)]
-
-
-class _Scratch(threading.local):
-    """Memory that each thread fills again and again: fresh pages for every chunk would cost more than the work on them."""
-
-    def __init__(self) -> None:
-        self.tau: F32 = np.empty(CHUNK, np.float32)
-        self.codes = np.empty(CHUNK, np.uint32)
-
-
-_scratch = _Scratch()
-
-
-class _Histogram:
-    """Counts that each thread keeps for itself until the total is asked for."""
-
-    def __init__(self, bins: int) -> None:
-        self._bins = bins
-        self._of_thread: dict[int, I64] = {}
-
-    def mine(self) -> I64:
-        me = threading.get_ident()
-        if me not in self._of_thread:
-            self._of_thread[me] = np.zeros(self._bins, np.int64)
-        return self._of_thread[me]
-
-    def total(self) -> I64:
-        return sum(self._of_thread.values(), start=np.zeros(self._bins, np.int64))
-
-
 def _no_room(error: OSError) -> CannotWrite:
     return CannotWrite(f"no room for the coded streams in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a larger folder")
-
-
-def _ordered(work: Callable[[_Chunk], T], chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, T]]:
-    """(chunk, work(chunk)) in order, by torch's number of threads, with no more than a few results waiting."""
-    threads = min(torch.get_num_threads(), _MOST_THREADS)
-    if threads == 1 or len(chunks) < 2:
-        for chunk in chunks:
-            yield chunk, work(chunk)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = 2 * threads
-        waiting = [pool.submit(work, chunk) for chunk in chunks[:ahead]]
-        for i, chunk in enumerate(chunks):
-            result = waiting.pop(0).result()
-            if i + ahead < len(chunks):
-                waiting.append(pool.submit(work, chunks[i + ahead]))
-            yield chunk, result

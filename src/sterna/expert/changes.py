@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BATCH = 1 << 17
 
 Role = Literal["head", "buffer", "rows", "untied", "saved"]
+Order = Literal["smallest", "largest", "random"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,6 +191,19 @@ class Set:
     @property
     def ternaries(self) -> tuple[Ternary, ...]:
         return ()
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRule:
+    """Which entries of a base PaFi trains: `count` of those of the tensors `names` (the base's, sorted), by `order`; see `sterna.mask`.
+
+    `seed` counts for the random order only, 0 to 2^53 - 1.
+    """
+
+    order: Order
+    count: int
+    names: tuple[str, ...]
+    seed: int = 0
 
 
 Change = Add | Factors | Multiply | Set
