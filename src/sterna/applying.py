@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Change, Factors, Joined, Multiply, Set, Ternary
+from sterna.expert.changes import Add, Factors, Folded, Joined, Masked, Multiply, Set, Ternary, touched
 from sterna.expert.container import ITEM_BYTES, Part, safetensors_pieces
-from sterna.expert.expert import Expert, exact_bytes, new_value
+from sterna.expert.expert import Expert, exact_bytes, folded_shape, masked_parts, masked_value, new_value, refuse_count
 from sterna.expert.file import CODES, load
 from sterna.live.update import sparse_adds
+from sterna.mask import choose, tensor_piece
 from sterna.progress import Progress, silent
 from sterna.sources.adapter import PREFIX, part_names, write_adapter
 from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint, read_json
@@ -52,7 +54,7 @@ def apply(
     own, _, _ = require_checkpoint(expert, opened, allow_narrower, progress)
     expert.check()
     with whole_folder(out) as folder:
-        if expert.facts.source != "full" and not merged:
+        if expert.facts.source in ("lora", "ia3") and not merged:
             _write_peft(expert, folder)
         else:
             _write_checkpoint(expert, opened, own, folder, progress)
@@ -73,7 +75,7 @@ def _write_peft(expert: Expert, folder: Path) -> None:
             case Set(role="head" | "saved"):
                 of_base = change.name in expert.fingerprint.names
                 name = swap_prefix(plain(change.name), base_prefix, tuned_prefix) if of_base else change.name
-                tensors[PREFIX + name] = change.value
+                tensors[PREFIX + name] = change.tensor
             case _:
                 raise InvalidArgument(f"{change.name} is changed in a way that a PEFT folder cannot hold; use --merged (merged=True)")
     config = {**expert.facts.adapter, "base_model_name_or_path": expert.facts.base.name, "inference_mode": True}
@@ -104,13 +106,15 @@ def _write_checkpoint(expert: Expert, base: Checkpoint, own: Mapping[str, str], 
 
 def _parts(expert: Expert, base: Checkpoint, own: Mapping[str, str]) -> list[Part]:
     """Every tensor of the tuned model under its own name, made when it is written."""
-    changes: dict[str, list[Change]] = {}
-    for change in expert.changes:
-        changes.setdefault(change.name, []).append(change)
-        if isinstance(change, Multiply) and change.bias:
-            changes.setdefault(change.bias, []).append(change)
+    changes: dict[str, list[_Whole | _Entries]] = {}
+    for made in expert.changes:
+        if isinstance(made, Masked):
+            changes.update({name: [entries] for name, entries in _entries(made, base, own).items()})
+            continue
+        for name in touched(made):
+            changes.setdefault(name, []).append(made)
     fingerprinted = {found: name for name, found in own.items()}
-    base_prefix, tuned_prefix = expert.facts.prefixes if expert.facts.source == "full" else ("", "")
+    base_prefix, tuned_prefix = expert.facts.prefixes if expert.facts.source not in ("lora", "ia3") else ("", "")
     parts: list[Part] = []
     for found, info in sorted(base.tensors.items()):
         name = fingerprinted.get(found, plain(found))
@@ -121,9 +125,10 @@ def _parts(expert: Expert, base: Checkpoint, own: Mapping[str, str]) -> list[Par
         for change in applied:
             if isinstance(change, Set):
                 shape = (change.first_row + change.value.shape[0], *shape[1:]) if change.role == "rows" else tuple(change.value.shape)
-                dtype = dtype if change.role == "rows" else change.value.dtype
-            elif isinstance(change, Add) and change.levels.shape != info.shape:
-                raise WrongBase(f"the expert changes {name} with shape {change.levels.shape}; the base has {info.shape}")
+                dtype = dtype if change.role in ("rows", "tuned") else _dtype(change)
+            wanted = _shape_wanted(change, info.shape)
+            if wanted != info.shape:
+                raise WrongBase(f"the expert changes {name} with shape {wanted}; the base has {info.shape}")
         target = swap_prefix(plain(name), base_prefix, tuned_prefix)
         parts.append((target, CODES[dtype], shape, partial(_tuned, base, found, applied, dtype)))
     for name, left in changes.items():
@@ -131,14 +136,53 @@ def _parts(expert: Expert, base: Checkpoint, own: Mapping[str, str]) -> list[Par
             if not isinstance(change, Set):
                 raise WrongBase(f"this base has no {name}, which the expert changes")
             target = swap_prefix(name, base_prefix, tuned_prefix) if change.role == "untied" else name
-            parts.append((target, CODES[change.value.dtype], tuple(change.value.shape), partial(_exact, change.value)))
+            parts.append((target, CODES[_dtype(change)], tuple(change.value.shape), partial(_exact, change)))
     return sorted(parts, key=lambda part: part[0])
 
 
-def _tuned(base: Checkpoint, name: str, changes: Sequence[Change], dtype: torch.dtype) -> Iterator[memoryview]:
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """What a masked change does to one tensor."""
+
+    change: Masked
+    places: torch.Tensor
+    part: torch.Tensor
+
+
+_Whole = Add | Factors | Multiply | Folded | Set
+
+
+def _entries(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> dict[str, _Entries]:
+    tensors = [base.read(own[name]) for name in change.rule.names]
+    refuse_count(change.rule, tensors)
+    parts = masked_parts(change, choose(change.rule, list(map(tensor_piece, change.rule.names, tensors))))
+    return {name: _Entries(change, *part) for name, part in zip(change.rule.names, parts, strict=True)}
+
+
+def _dtype(change: Set) -> torch.dtype:
+    return change.value.dtype if change.scales is None else torch.float32
+
+
+def _shape_wanted(change: _Whole | _Entries, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the base's tensor must have, where the change itself does not see to it."""
+    match change:
+        case Add():
+            return change.levels.shape
+        case Folded():
+            return folded_shape(change, shape)
+        case Set(role="tuned"):
+            return tuple(change.value.shape)
+    return shape
+
+
+def _tuned(base: Checkpoint, name: str, changes: Sequence[_Whole | _Entries], dtype: torch.dtype) -> Iterator[memoryview]:
     tensor = base.read(name).detach().cpu()
     for change in changes:
-        if isinstance(change, Add):
+        if isinstance(change, _Entries):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            flat = tensor.view(-1)
+            flat[change.places] = masked_value(change.change, flat[change.places], change.part)
+        elif isinstance(change, Add):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
             for step in sparse_adds([tensor], Joined.of([change.levels])):
                 step.apply()
@@ -147,8 +191,8 @@ def _tuned(base: Checkpoint, name: str, changes: Sequence[Change], dtype: torch.
     yield exact_bytes(tensor)
 
 
-def _exact(value: torch.Tensor) -> Iterator[memoryview]:
-    yield exact_bytes(value)
+def _exact(change: Set) -> Iterator[memoryview]:
+    yield exact_bytes(change.tensor)
 
 
 def _bytes(part: Part) -> int:

@@ -179,14 +179,25 @@ def compare(base: Fingerprint, digests: Mapping[str, tuple[bytes, torch.dtype]])
     return Comparison(tuple(different), tuple(narrower), tuple(name for name in base.names if name not in digests))
 
 
-def require_base(base: Fingerprint, label: str, digests: Mapping[str, tuple[bytes, torch.dtype]], allow_narrower: bool) -> Comparison:
-    """Raise WrongBase, naming the first culprits, unless the tensors are the base called `label`, or a narrower load that is allowed."""
+def require_base(
+    base: Fingerprint, label: str, digests: Mapping[str, tuple[bytes, torch.dtype]], allow_narrower: bool = False, masked: bool = False
+) -> Comparison:
+    """Raise WrongBase, naming the first culprits, unless the tensors are the base called `label`, or a narrower load that is allowed.
+
+    No narrower load is where a mask is to be made of the base (`masked`).
+    """
     result = compare(base, digests)
     if result.different:
         first = ", ".join(result.different[:4])
         raise WrongBase(f"this is not the expert's base {label!r}: {len(result.different)} of {len(digests)} tensors differ, the first: {first}")
-    if result.narrower and not allow_narrower:
+    if result.narrower and (masked or not allow_narrower):
         dtype = str(digests[result.narrower[0]][1]).removeprefix("torch.")
+        if masked:
+            raise WrongBase(
+                f"this is the expert's base {label!r} in {dtype}, narrower than the one it was made on ({len(result.narrower)} tensors, the first: "
+                f"{result.narrower[0]}): the expert's mask is made of the base's magnitudes, and rounding puts them in another order. "
+                "Load the base in its own dtype or a wider one"
+            )
         raise WrongBase(
             f"this is the expert's base {label!r} in {dtype}, narrower than the one it was made on ({len(result.narrower)} tensors, the first: "
             f"{result.narrower[0]}): its weights are rounded already, and updates below half a spacing vanish. "

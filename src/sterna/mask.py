@@ -119,6 +119,7 @@ _masks = _Masks()
 def mask_of(base: bytes, rule: MaskRule, read: Callable[[str], torch.Tensor]) -> list[I64]:
     """The chosen flat indices (ascending, int64) of each of the rule's tensors; remembered for the last few bases and rules.
 
-    `base` is the digest of the fingerprint that the tensors which `read` gives were held against. Raises InvalidArgument as `choose` does.
+    `base` is a digest over the very values that `read` gives, or of the whole base that they were held against; it is what the mask is remembered by.
+    Raises InvalidArgument as `choose` does.
     """
     return _masks.get(base, rule, lambda: choose(rule, [tensor_piece(name, read(name)) for name in rule.names]))

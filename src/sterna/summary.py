@@ -7,14 +7,14 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sterna.expert.changes import Add, Factors, Multiply, Set
+from sterna.expert.changes import Change, Folded, Masked, Set
 from sterna.expert.expert import Expert
 from sterna.expert.facts import Facts
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One changed tensor: entries that are coded, how many are not zero, and the bytes that they take; an exact tensor has no non-zeros."""
+    """One change: entries that are coded, how many are not zero, and the bytes that they take; an exact tensor has no entries and no non-zeros."""
 
     name: str
     change: str
@@ -29,8 +29,20 @@ class TensorSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskSummary:
+    """A PaFi expert's mask: `count` entries of `tensors` eligible tensors, by `order`; `values` is the dtype of their new values, or "ternary"."""
+
+    order: str
+    density: float | None
+    seed: int
+    count: int
+    tensors: int
+    values: str
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
-    """Sizes in bytes on disk: `bytes` = header + table + streams + exact tensors + checksum.
+    """Sizes in bytes on disk: `bytes` = header + table + streams + exact tensors + checksum. `bytes_head` are those of the exact ones that are heads.
 
     `parameters` is d, the length of the task vector; `bits_per_parameter` counts streams and table, exact tensors not; `entropy_bits_per_parameter`
     is the i.i.d. entropy of a ternary vector with this many non-zeros and signs; `ratio_to_16bit` is a 16-bit copy of the task vector and the exact
@@ -44,12 +56,14 @@ class Summary:
     bytes_streams: int
     bytes_table: int
     bytes_exact: int
+    bytes_head: int
     bytes_header: int
     parameters: int
     nonzeros: int
     bits_per_parameter: float
     entropy_bits_per_parameter: float
     ratio_to_16bit: float
+    mask: MaskSummary | None
     tensors: tuple[TensorSummary, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,8 +83,8 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
     table = len(write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor"))
     tensors = tuple(_tensor(change) for change in expert.changes)
     streams = sum(t.stop - t.start for t in expert.ternaries)
-    exact = sum(t.bytes for t in tensors if t.change.startswith("set"))
-    exact_entries = sum(math.prod(t.shape) for t in tensors if t.change.startswith("set"))
+    exact = sum(_bytes(change) for change in expert.changes)
+    exact_entries = sum(tensor.numel() for change in expert.changes for _, tensor in change.exact)
     entries = sum(t.entries for t in tensors)
     nonzeros = sum(t.nonzeros for t in tensors)
     return Summary(
@@ -81,12 +95,14 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
         bytes_streams=streams,
         bytes_table=table,
         bytes_exact=exact,
+        bytes_head=sum(_bytes(change) for change in expert.changes if isinstance(change, Set) and change.role == "head"),
         bytes_header=size - streams - table - exact - 32,
         parameters=entries,
         nonzeros=nonzeros,
         bits_per_parameter=8 * (streams + table) / entries if entries else 0.0,
         entropy_bits_per_parameter=ternary_entropy(nonzeros / entries) if entries else 0.0,
         ratio_to_16bit=2 * (entries + exact_entries) / size,
+        mask=next((_mask(expert.facts, change) for change in expert.changes if isinstance(change, Masked)), None),
         tensors=tensors,
     )
 
@@ -99,12 +115,31 @@ def ternary_entropy(density: float) -> float:
     return zeros - density * math.log2(density / 2)
 
 
-def _tensor(change: Add | Factors | Multiply | Set) -> TensorSummary:
-    if isinstance(change, Set):
-        size = change.value.numel() * change.value.element_size()
-        return TensorSummary(change.name, f"set ({change.role})", tuple(change.value.shape), 0, 0, size)
+def _bytes(change: Change) -> int:
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in change.exact)
+
+
+def _mask(facts: Facts, change: Masked) -> MaskSummary:
+    rule = change.rule
+    values = "ternary" if change.ternaries else str(change.exact[0][1].dtype).removeprefix("torch.")
+    return MaskSummary(rule.order, facts.mask.density if facts.mask else None, rule.seed, rule.count, len(rule.names), values)
+
+
+def _tensor(change: Change) -> TensorSummary:
+    match change:
+        case Set():
+            return TensorSummary(change.name, f"set ({change.role})", tuple(change.value.shape), 0, 0, _bytes(change))
+        case Folded():
+            return TensorSummary(change.name, f"folded ({change.activation})", tuple(change.D.shape), 0, 0, _bytes(change))
+        case Masked() if not change.ternaries:
+            return TensorSummary(change.name, _masked(change), (change.rule.count,), 0, 0, _bytes(change))
     parts = change.ternaries
     shape = parts[0].shape if len(parts) == 1 else (parts[1].shape[0], math.prod(parts[0].shape[1:]))
-    kind = type(change).__name__.lower()
+    kind = _masked(change) if isinstance(change, Masked) else type(change).__name__.lower()
     entries, nonzeros, size = (sum(column) for column in zip(*((t.size, t.count, t.stop - t.start) for t in parts), strict=True))
     return TensorSummary(change.name, kind, shape, entries, nonzeros, size)
+
+
+def _masked(change: Masked) -> str:
+    more = len(change.rule.names) - 1
+    return f"masked (and {more} more)" if more else "masked"

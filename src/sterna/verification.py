@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from sterna.errors import WrongBase
-from sterna.expert.changes import Set
+from sterna.expert.changes import Masked, Set, touched
 from sterna.expert.expert import Expert
 from sterna.fingerprint import HASHED_DTYPES, require_base, tensor_digest
 from sterna.progress import Progress, silent
@@ -58,9 +58,11 @@ def require_checkpoint(
         tensor = base.read(found)
         digests[name] = (tensor_digest(tensor), tensor.dtype)
         progress("verify base", number + 1, len(own), "tensors")
-    result = require_base(expert.fingerprint, expert.facts.base.name, digests, allow_narrower)
+    masked = any(isinstance(change, Masked) for change in expert.changes)
+    result = require_base(expert.fingerprint, expert.facts.base.name, digests, allow_narrower, masked)
     known = set(expert.fingerprint.names)
-    lost = [change.name for change in expert.changes if change.name in known and change.name not in own and not isinstance(change, Set)]
+    kept = {change.name for change in expert.changes if isinstance(change, Set) and change.role != "tuned"}
+    lost = [name for change in expert.changes for name in touched(change) if name in known and name not in own and name not in kept]
     if lost:
         raise WrongBase(f"this base has no {some(lost)}, which the expert changes")
     return own, result.narrower, result.absent

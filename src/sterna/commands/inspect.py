@@ -10,10 +10,10 @@ from sterna.commands.shared import ExpertFile, Json, print_json, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sterna.summary import Summary
+    from sterna.summary import MaskSummary, Summary
 
 
-_SOURCES = {"full": "full fine-tune", "lora": "LoRA", "ia3": "(IA)3"}
+_SOURCES = {"full": "full fine-tune", "lora": "LoRA", "ia3": "(IA)3", "pafi": "PaFi run", "hiwi": "HiWi run"}
 
 
 def inspect(expert: ExpertFile, as_json: Json = False) -> None:
@@ -39,17 +39,20 @@ def _facts(summary: Summary) -> Table:
     base = facts.base
     scale = f"scale {facts.scale:.4g}" if facts.scope == "global" else "a scale for each tensor"
     bits, entropy = summary.bits_per_parameter, summary.entropy_bits_per_parameter
+    unchanged = "" if facts.method == "exact" else "nothing is changed"
     coded = summary.bytes_streams + summary.bytes_table
     rows = {
-        "method": f"{facts.method} of a {_SOURCES[facts.source]}",
-        "density": f"{facts.density:g}, alpha {facts.alpha:g}, {scale}",
+        "method": f"{'exact values' if facts.method == 'exact' else facts.method} of a {_SOURCES[facts.source]}",
+        "density": f"{facts.density:g}, alpha {facts.alpha:g}, {scale}" if facts.density is not None else "",
+        "mask": _mask(summary.mask) if summary.mask else "",
+        "tuning": json.dumps(dict(facts.tuning), ensure_ascii=False) if facts.tuning else "",
         "base": f"{base.name}{f'@{base.revision}' if base.revision else ''}, {base.parameters:,} parameters",
         "fingerprint": base.fingerprint,
         "class": facts.architecture or "",
-        "file": f"{summary.bytes:,} bytes ({size(summary.bytes)}): {coded:,} coded, {summary.bytes_exact:,} exact, {summary.bytes_header:,} header",
+        "file": f"{summary.bytes:,} bytes ({size(summary.bytes)}): {coded:,} coded, {_exact(summary)}, {summary.bytes_header:,} header",
         "against 16 bit": f"{summary.ratio_to_16bit:.1f} times smaller than a 16-bit delta",
-        "bits a parameter": f"{bits:.4f} coded; i.i.d. entropy {entropy:.4f}, ratio {bits / entropy:.3f}" if entropy else "nothing is changed",
-        "non-zeros": f"{summary.nonzeros:,} of {summary.parameters:,}",
+        "bits a parameter": f"{bits:.4f} coded; i.i.d. entropy {entropy:.4f}, ratio {bits / entropy:.3f}" if entropy else unchanged,
+        "non-zeros": f"{summary.nonzeros:,} of {summary.parameters:,}" if facts.method != "exact" else "",
         "config": json.dumps(dict(facts.config), ensure_ascii=False) if facts.config else "",
         "added tokens": ", ".join(str(token.get("content")) for token in facts.tokens),
         "excluded": ", ".join(facts.excluded),
@@ -66,6 +69,17 @@ def _facts(summary: Summary) -> Table:
         if value:
             table.add_row(Text(printable(name)), Text(printable(value)))
     return table
+
+
+def _exact(summary: Summary) -> str:
+    head = f" ({summary.bytes_head:,} the head)" if summary.bytes_head else ""
+    return f"{summary.bytes_exact:,} exact{head}"
+
+
+def _mask(mask: MaskSummary) -> str:
+    asked = f"density {mask.density:g}, " if mask.density is not None else ""
+    seed = f" of seed {mask.seed}" if mask.order == "random" else ""
+    return f"{mask.order}{seed}, {asked}{mask.count:,} entries of {mask.tensors} tensors, values {mask.values}"
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""How an expert changes a base tensor: four kinds of change, all plain frozen data."""
+"""How an expert changes base tensors: six kinds of change, all plain frozen data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from sterna.codings import CHUNK, I64, U8, U32, Blocks, Coding
 if TYPE_CHECKING:
     import torch
 
+    Exact = tuple[tuple[str, torch.Tensor], ...]
+    """Tensors that a file holds as they are, under their names there."""
+
 BATCH = 1 << 17
 
-Role = Literal["head", "buffer", "rows", "untied", "saved"]
+Role = Literal["head", "buffer", "rows", "untied", "saved", "tuned"]
+Activation = Literal["relu", "gelu", "identity"]
 Order = Literal["smallest", "largest", "random"]
+
+VALUES = "sterna.values"
+"""The file's name of a masked change's exact values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +140,10 @@ class Add:
     def ternaries(self) -> tuple[Ternary, ...]:
         return (self.levels,)
 
+    @property
+    def exact(self) -> Exact:
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -155,6 +166,10 @@ class Factors:
     def ternaries(self) -> tuple[Ternary, ...]:
         return (self.A, self.B)
 
+    @property
+    def exact(self) -> Exact:
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Multiply:
@@ -174,23 +189,40 @@ class Multiply:
     def ternaries(self) -> tuple[Ternary, ...]:
         return (self.vector,)
 
+    @property
+    def exact(self) -> Exact:
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Set:
     """An exact tensor that takes the place of the live one.
 
     `role` says why it is exact: a task `head`; a `buffer`; `rows` that an embedding gained, appended after the base's `first_row` rows;
-    an `untied` copy of a tensor that the base ties; a module `saved` beside an adapter.
+    an `untied` copy of a tensor that the base ties; a module `saved` beside an adapter; a parameter `tuned` as a whole, of the base's shape.
+    A head may be stored in 8 bit: `value` is then int8 [out, ...] and `scales` float32 [out]. Use `tensor`, not `value`, for what it is worth.
     """
 
     name: str
     value: torch.Tensor
     role: Role
     first_row: int = 0
+    scales: torch.Tensor | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What takes the place: `value`, or value * scales by row in float32."""
+        if self.scales is None:
+            return self.value
+        return self.value.float() * self.scales.reshape(-1, *[1] * (self.value.dim() - 1))
 
     @property
     def ternaries(self) -> tuple[Ternary, ...]:
         return ()
+
+    @property
+    def exact(self) -> Exact:
+        return ((self.name, self.value),) if self.scales is None else ((self.name, self.value), (f"{self.name}.scales", self.scales))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,4 +238,61 @@ class MaskRule:
     seed: int = 0
 
 
-Change = Add | Factors | Multiply | Set
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """New values for the entries of many tensors that the base's own magnitudes choose, for PaFi.
+
+    `values` is [rule.count], in the order of the mask: tensors of rule.names in order, ascending flat index in each. A tensor (float32, float16 or
+    bfloat16) holds the new values themselves; a Ternary says base + scale * level. No other change touches one of rule.names.
+    """
+
+    rule: MaskRule
+    values: torch.Tensor | Ternary
+
+    @property
+    def name(self) -> str:
+        """Its place among an expert's changes."""
+        return self.rule.names[0]
+
+    @property
+    def ternaries(self) -> tuple[Ternary, ...]:
+        return (self.values,) if isinstance(self.values, Ternary) else ()
+
+    @property
+    def exact(self) -> Exact:
+        return () if isinstance(self.values, Ternary) else ((VALUES, self.values),)
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """W + scale * act(W D) U, for HiWi's weights. D is [n, r] and U is [r, n], float32, float16 or bfloat16; W is [m, n].
+
+    `transposed` says that it acts on the transpose: W is then [n, m]. gelu is the exact one, by erf.
+    """
+
+    name: str
+    D: torch.Tensor
+    U: torch.Tensor
+    activation: Activation
+    scale: float
+    transposed: bool = False
+
+    @property
+    def ternaries(self) -> tuple[Ternary, ...]:
+        return ()
+
+    @property
+    def exact(self) -> Exact:
+        return ((f"{self.name}.D", self.D), (f"{self.name}.U", self.U))
+
+
+Change = Add | Factors | Multiply | Set | Masked | Folded
+
+
+def touched(change: Change) -> tuple[str, ...]:
+    """The names of all tensors that a change changes."""
+    if isinstance(change, Masked):
+        return change.rule.names
+    if isinstance(change, Multiply) and change.bias is not None:
+        return (change.name, change.bias)
+    return (change.name,)

@@ -6,18 +6,20 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from sterna.codings import I64
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Change, Factors, Joined, Multiply, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Folded, Joined, Masked, MaskRule, Multiply, Set, Ternary
 from sterna.expert.facts import Facts
-from sterna.fingerprint import Fingerprint
+from sterna.fingerprint import Fingerprint, require_base, tensor_digest
 
 if TYPE_CHECKING:
     from sterna.sources.checkpoint import Source
@@ -79,8 +81,22 @@ class Expert:
                     _add_text(sha, change.role)
                     _add_text(sha, str(change.value.dtype).removeprefix("torch."))
                     _add_shape(sha, tuple(change.value.shape))
-                    sha.update(struct.pack("<Q", change.first_row))
+                    sha.update(struct.pack("<Q?", change.first_row, change.scales is not None))
                     sha.update(exact_bytes(change.value))
+                    if change.scales is not None:
+                        sha.update(exact_bytes(change.scales))
+                case Masked(rule=rule):
+                    _add_text(sha, rule.order)
+                    sha.update(struct.pack("<3Q?", rule.seed, rule.count, len(rule.names), bool(change.ternaries)))
+                    for name in rule.names:
+                        _add_text(sha, name)
+                    for _, values in change.exact:
+                        _add_tensor(sha, values)
+                case Folded():
+                    _add_text(sha, change.activation)
+                    sha.update(struct.pack("<d?", change.scale, change.transposed))
+                    _add_tensor(sha, change.D)
+                    _add_tensor(sha, change.U)
             for ternary in change.ternaries:
                 _add_shape(sha, ternary.shape)
                 sha.update(struct.pack("<fQ", ternary.scale, ternary.count))
@@ -108,8 +124,9 @@ class Expert:
     def task_vector(self, base: Source | None = None, *, max_bytes: int | None = None) -> dict[str, torch.Tensor]:
         """The dense float32 task vector by base name: what attaching adds to each tensor, before rounding to the live dtype.
 
-        `Set` and `Multiply` changes are differences to the base, so they need `base` (a path, state dict or module); without it an expert that has
-        them raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase).
+        All changes but `Add` and `Factors` are differences to the base, so they need `base` (a path, state dict or module); without it an expert that
+        has them raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase),
+        and so must all values where a mask is to be made of them.
         `max_bytes` limits what is allocated: by default the base's size in float32; without a base see DENSE_LIMIT.
         """
         tensors = self._base_tensors(base) if base is not None else None
@@ -121,6 +138,9 @@ class Expert:
             raise InvalidArgument(f"the dense task vector takes {takes:,} bytes, more than the {limit:,} allowed; give its base, or max_bytes")
         for change in self.changes:
             _refuse_shape(change, tensors)
+        if tensors is not None and any(isinstance(change, Masked) for change in self.changes):
+            digests = {name: (tensor_digest(tensor), tensor.dtype) for name, tensor in tensors.items()}
+            require_base(self.fingerprint, self.facts.base.name, digests, masked=True)
         dense: dict[str, torch.Tensor] = {}
         for change in self.changes:
             match change:
@@ -132,9 +152,13 @@ class Expert:
                     for name in (change.name, change.bias) if change.bias else (change.name,):
                         old = _needed(tensors, name).float()
                         dense[name] = old * multiplier(change, old.dim()) - old
-                case Set(role="buffer" | "saved"):
+                case Masked():
+                    dense.update(masked_updates(change, [_needed(tensors, name) for name in change.rule.names]))
+                case Folded():
+                    dense[change.name] = folded_update(change, _needed(tensors, change.name)).float()
+                case Set(role="buffer" | "saved" | "tuned"):
                     if change.value.is_floating_point() and (tensors is None or change.name in tensors):
-                        dense[change.name] = change.value.float() - _needed(tensors, change.name).float()
+                        dense[change.name] = change.tensor.float() - _needed(tensors, change.name).float()
                 case Set():
                     continue  # heads, gained rows and untied copies have no counterpart in the base
         return dense
@@ -172,18 +196,83 @@ def multiplier(change: Multiply, dimensions: int) -> torch.Tensor:
     return vector.reshape(shape)
 
 
-def new_value(change: Factors | Multiply | Set, old: torch.Tensor) -> torch.Tensor:
-    """What the change makes of a base tensor, before it is rounded to the base tensor's dtype: float32, but an exact tensor in its own dtype."""
+def folded_update(change: Folded, old: torch.Tensor) -> torch.Tensor:
+    """scale * act(W D) U of a live or base tensor W, float64, in CPU memory (where every machine has float64), in W's shape."""
+    W = old.detach().to("cpu", torch.float64)
+    hidden = (W.T if change.transposed else W) @ change.D.double()
+    match change.activation:
+        case "relu":
+            hidden = torch.relu(hidden)
+        case "gelu":
+            hidden = torch.nn.functional.gelu(hidden)
+    update = change.scale * (hidden @ change.U.double())
+    return update.T if change.transposed else update
+
+
+def rounded(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float64 values rounded once, to nearest even: torch goes to 16 bits by way of float32, and so rounds twice."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return wide.to(dtype)
+    near = wide.float()
+    bits = near.view(torch.int32)
+    outward = (wide.abs() > near.double().abs()).int()
+    odd = torch.where((near.double() == wide) | (bits & 1 == 1), bits, bits + 2 * outward - 1)  # sticky: an inexact value ends odd, so it is no tie
+    return odd.view(torch.float32).to(dtype)
+
+
+def masked_parts(change: Masked, positions: Sequence[I64]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each tensor of the mask the flat indices (int64) that change, and for each its new value, or what is added to it (float32, ternary).
+
+    `positions` are the mask's, for each of rule.names. Raises InvalidFile where the levels' stream is damaged.
+    """
+    starts = np.cumsum([0, *(places.size for places in positions)])
+    if isinstance(change.values, torch.Tensor):
+        return [(torch.from_numpy(places), change.values[start : start + places.size]) for places, start in zip(positions, starts, strict=False)]
+    codes = change.values.codes()
+    entries, updates = codes >> 1, np.where(codes & 1, np.float32(-change.values.scale), np.float32(change.values.scale))
+    cuts = np.searchsorted(entries, starts)
+    return [
+        (torch.from_numpy(places[entries[first:last] - start]), torch.from_numpy(updates[first:last]))
+        for places, start, (first, last) in zip(positions, starts, pairwise(cuts), strict=False)
+    ]
+
+
+def masked_value(change: Masked, old: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """The new values of entries whose old ones are `old`, in the dtype and on the device of `old`; `part` is `masked_parts`'."""
+    part = part.to(old.device)
+    return (old.float() + part).to(old.dtype) if change.ternaries else part.to(old.dtype)
+
+
+def masked_updates(change: Masked, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Dense float32 differences by name to the base's tensors, those of rule.names in order, whose fingerprint has matched."""
+    from sterna.mask import choose, tensor_piece
+
+    names = change.rule.names
+    dense = {name: torch.zeros(tensor.shape) for name, tensor in zip(names, tensors, strict=True)}
+    positions = choose(change.rule, [tensor_piece(name, tensor) for name, tensor in zip(names, tensors, strict=True)])
+    for name, tensor, (places, part) in zip(names, tensors, masked_parts(change, positions), strict=True):
+        old = tensor.detach().reshape(-1)[places].to("cpu", torch.float32)
+        dense[name].view(-1)[places] = part if change.ternaries else part.float() - old
+    return dense
+
+
+def new_value(change: Factors | Multiply | Folded | Set, old: torch.Tensor) -> torch.Tensor:
+    """What the change makes of a base tensor, before it is rounded to the base tensor's dtype: float32, but an exact tensor in its own dtype.
+
+    A Folded one is rounded already, once, from float64.
+    """
     old = old.detach()
     match change:
         case Factors():
             return old.float() + factor_product(change, old.device).reshape(old.shape)
         case Multiply():
             return old.float() * multiplier(change, old.dim()).to(old.device)
+        case Folded():
+            return rounded(old.to("cpu", torch.float64) + folded_update(change, old), old.dtype)
         case Set(role="rows"):
             return torch.cat([old, change.value.to(old.device, old.dtype)])
         case Set():
-            return change.value.clone()
+            return change.tensor.clone()
 
 
 def exact_bytes(tensor: torch.Tensor) -> memoryview:
@@ -199,9 +288,26 @@ def _dense_shape(change: Add | Factors) -> tuple[int, ...]:
     return (math.prod(inner), out) if change.transposed else (out, *inner)
 
 
+def folded_shape(change: Folded, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the change needs, nearest to the one that is there."""
+    n = change.D.shape[0]
+    other = shape[-1 if change.transposed else 0] if shape else n
+    return (n, other) if change.transposed else (other, n)
+
+
+def refuse_count(rule: MaskRule, tensors: Sequence[torch.Tensor]) -> None:
+    """Raise WrongBase where the tensors of a mask have fewer entries than it wants."""
+    entries = sum(tensor.numel() for tensor in tensors)
+    if rule.count > entries:
+        raise WrongBase(f"the expert has values for {rule.count:,} masked entries; the {len(rule.names)} tensors of its mask have {entries:,}")
+
+
 def _refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) -> None:
     """Raise WrongBase where a change does not fit the base's tensor, before anything is made."""
-    if tensors is None or (isinstance(change, Set) and (change.role not in ("buffer", "saved") or change.name not in tensors)):
+    if tensors is None or (isinstance(change, Set) and (change.role not in ("buffer", "saved", "tuned") or change.name not in tensors)):
+        return
+    if isinstance(change, Masked):
+        refuse_count(change.rule, [_needed(tensors, name) for name in change.rule.names])
         return
     there = tuple(_needed(tensors, change.name).shape)
     match change:
@@ -214,6 +320,8 @@ def _refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) ->
             return
         case Set():
             wanted = tuple(change.value.shape)
+        case Folded():
+            wanted = folded_shape(change, there)
         case _:
             wanted = _dense_shape(change)
     unfolded = isinstance(change, Factors) and not change.transposed and there[:1] == wanted[:1] and math.prod(there) == math.prod(wanted)
@@ -232,6 +340,12 @@ def _needed(tensors: Mapping[str, torch.Tensor] | None, name: str) -> torch.Tens
 def _add_text(sha: hashlib._Hash, text: str) -> None:
     encoded = text.encode()
     sha.update(struct.pack("<Q", len(encoded)) + encoded)
+
+
+def _add_tensor(sha: hashlib._Hash, tensor: torch.Tensor) -> None:
+    _add_text(sha, str(tensor.dtype).removeprefix("torch."))
+    _add_shape(sha, tuple(tensor.shape))
+    sha.update(exact_bytes(tensor))
 
 
 def _add_shape(sha: hashlib._Hash, shape: tuple[int, ...]) -> None:

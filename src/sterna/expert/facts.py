@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sterna.errors import InvalidArgument, InvalidFile
+from sterna.expert.changes import Order
 
 FORMAT = 1
 """Version of the file format: a reader refuses a newer one."""
@@ -18,10 +19,12 @@ LIMIT = 1 << 20
 _DEPTH = 8
 _TEXT = 4096
 _NAME = 1024
+_MASK_RULE = 1
+"""The canonical mask that `sterna.mask` makes."""
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
-Method = Literal["compeft"]
-SourceKind = Literal["full", "lora", "ia3"]
+Method = Literal["compeft", "exact"]
+SourceKind = Literal["full", "lora", "ia3", "pafi", "hiwi"]
 Scope = Literal["global", "tensor"]
 
 _REFUSED_CONFIG = frozenset({"auto_map", "custom_pipelines", "quantization_config", "trust_remote_code", "architectures", "model_type"})
@@ -46,18 +49,33 @@ class BaseFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskFacts:
+    """Which rule made the mask of a PaFi expert: the `density` of the eligible entries that was asked for (None: a count was), by `order`.
+
+    The table has the count and the eligible tensors. `rule` numbers the rule itself: 1 is the canonical mask of `sterna.mask`.
+    """
+
+    order: Order
+    density: float | None = None
+    seed: int = 0
+    rule: int = _MASK_RULE
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Global facts of an expert.
 
-    `density` and `alpha` as asked for; `scale` is lambda, 0 where each tensor has its own (`scope="tensor"`). `prefixes` are the class prefixes of
+    `method` is "compeft", or "exact" for values stored as they were trained: then `density` and `alpha` are None. They are as asked for;
+    `scale` is lambda, 0 where each tensor has its own (`scope="tensor"`). `prefixes` are the class prefixes of
     the base's and the tuned model's names; `config` the configuration fields that the tuned model changed; `tokens` the tokenizer's added tokens;
-    `adapter` the adapter_config.json of an expert made from PEFT; `metadata` is the user's.
+    `adapter` the adapter_config.json of an expert made from PEFT; `mask` is that of PaFi; `tuning` the options of the method that trained it;
+    `metadata` is the user's.
     """
 
     method: Method
     source: SourceKind
-    density: float
-    alpha: float
+    density: float | None
+    alpha: float | None
     scope: Scope
     scale: float
     base: BaseFacts
@@ -70,6 +88,8 @@ class Facts:
     config: Mapping[str, Any] = field(default_factory=dict)
     tokens: tuple[Mapping[str, Any], ...] = ()
     adapter: Mapping[str, Any] = field(default_factory=dict)
+    mask: MaskFacts | None = None
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,11 +107,18 @@ def _allowed(name: str) -> bool:
 
 def check(facts: Facts) -> None:
     """Raise InvalidArgument for the first fact out of its limits."""
-    _require(facts.method in ("compeft",), "method", facts.method, "compeft")
-    _require(facts.source in ("full", "lora", "ia3"), "source", facts.source, "full, lora or ia3")
+    _require(facts.method in ("compeft", "exact"), "method", facts.method, "compeft or exact")
+    _require(facts.source in ("full", "lora", "ia3", "pafi", "hiwi"), "source", facts.source, "full, lora, ia3, pafi or hiwi")
     _require(facts.scope in ("global", "tensor"), "scope", facts.scope, "global or tensor")
-    _require(0 < facts.density <= 1, "density", facts.density, "a number above 0, up to 1")
-    _require(0 < facts.alpha < 1e6, "alpha", facts.alpha, "a finite number above 0, below a million")
+    if facts.method == "exact":
+        for key in ("density", "alpha"):
+            _require(getattr(facts, key) is None, key, getattr(facts, key), "none where values are stored exactly")
+        _require(facts.scope == "global" and facts.scale == 0, "scale", facts.scale, "0, of scope global, where values are stored exactly")
+    else:
+        _require(facts.density is not None and 0 < facts.density <= 1, "density", facts.density, "a number above 0, up to 1")
+        _require(facts.alpha is not None and 0 < facts.alpha < 1e6, "alpha", facts.alpha, "a finite number above 0, below a million")
+    if facts.mask is not None:
+        _check_mask(facts.mask)
     _require(0 <= facts.scale <= _LARGEST_FLOAT32, "scale", facts.scale, "a float32 number, 0 or more")
     _require(0 <= facts.parameters < 1 << 53, "parameters", facts.parameters, "a count below 2^53")
     _require(0 <= facts.base.parameters < 1 << 53, "base.parameters", facts.base.parameters, "a count below 2^53")
@@ -106,10 +133,17 @@ def check(facts: Facts) -> None:
             _require(len(name) <= _NAME and name.isprintable(), key, name, f"printable names of at most {_NAME} characters")
     for name in facts.config:
         _require(_allowed(name), "config", name, "fields that describe the model, not where its code or weights come from")
-    for key in ("config", "adapter"):
+    for key in ("config", "adapter", "tuning"):
         _require(not _names_code(getattr(facts, key)), key, "a value that names code", f"none of {', '.join(sorted(_CODE))}, at any depth")
-    for key in ("config", "tokens", "adapter", "metadata"):
+    for key in ("config", "tokens", "adapter", "tuning", "metadata"):
         _require(_plain_json(getattr(facts, key), _DEPTH), key, "its value", f"plain JSON at most {_DEPTH} deep, with finite numbers")
+
+
+def _check_mask(mask: MaskFacts) -> None:
+    _require(mask.order in ("smallest", "largest", "random"), "mask.order", mask.order, "smallest, largest or random")
+    _require(mask.density is None or 0 < mask.density <= 1, "mask.density", mask.density, "a number above 0, up to 1")
+    _require(0 <= mask.seed < 1 << 53, "mask.seed", mask.seed, "an integer below 2^53, 0 or more")
+    _require(mask.rule == _MASK_RULE, "mask.rule", mask.rule, f"{_MASK_RULE}, the rule that this Sterna knows (a newer one may know more)")
 
 
 def _require(holds: bool, key: str, value: object, expected: str) -> None:
@@ -149,7 +183,9 @@ def to_json(facts: Facts) -> str:
         held = getattr(facts, key)
         if key == "base":
             value["base"] = {k: v for k in BaseFacts.__slots__ if (v := getattr(held, k)) is not None}
-        elif held not in (None, (), {}, ("", "")):
+        elif isinstance(held, MaskFacts):
+            value["mask"] = {k: v for k in MaskFacts.__slots__ if (v := getattr(held, k)) not in (None, 0)}
+        elif held not in (None, (), {}, ("", "")) and (key, held) != ("scale", 0):
             value[key] = held
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=dict)
     try:
@@ -175,7 +211,11 @@ def from_json(text: str) -> Facts:
     base = value.pop("base", None)
     try:
         _expect_fields("base", base, {"name": str, "fingerprint": str, "parameters": int, "revision": str}, ("name", "fingerprint", "parameters"))
-        _expect_fields("object", value, _TYPES, ("method", "source", "density", "alpha", "scope", "writer"))
+        required = ("method", "source", "scope", "writer", *(("density", "alpha") if value.get("method") != "exact" else ()))
+        _expect_fields("object", value, _TYPES, required)
+        if "mask" in value:
+            _expect_fields("mask", value["mask"], {"order": str, "density": (int, float), "seed": int, "rule": int}, ("order", "rule"))
+            value["mask"] = MaskFacts(**value["mask"])
         for key in ("prefixes", "dropped", "excluded"):
             if key in value:
                 value[key] = tuple(_expect(key, item, str) for item in value[key])
@@ -185,7 +225,8 @@ def from_json(text: str) -> Facts:
             raise InvalidFile("the metadata's prefixes are not two")
         value.setdefault("scale", 0.0)
         value.setdefault("parameters", 0)
-        value.update({key: float(value[key]) for key in ("density", "alpha", "scale") if key in value})
+        value = {"density": None, "alpha": None, **value}
+        value.update({key: float(value[key]) for key in ("density", "alpha", "scale") if value[key] is not None})
         return Facts(base=BaseFacts(**base), **value)
     except (InvalidArgument, OverflowError) as error:
         raise InvalidFile(f"the expert's metadata: {error}") from error
@@ -194,7 +235,7 @@ def from_json(text: str) -> Facts:
 _TYPES: dict[str, Any] = {
     "method": str, "source": str, "density": (int, float), "alpha": (int, float), "scope": str, "scale": (int, float), "writer": str,
     "parameters": int, "architecture": str, "prefixes": list, "dropped": list, "excluded": list, "config": dict, "tokens": list, "adapter": dict,
-    "metadata": dict,
+    "mask": dict, "tuning": dict, "metadata": dict,
 }  # fmt: skip
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from sterna.codings import PADDING, U8
 from sterna.errors import InvalidArgument, InvalidFile, Unsupported
-from sterna.expert.changes import Set
+from sterna.expert.changes import VALUES, Change, Masked
 from sterna.expert.container import CHECKSUM, ITEM_BYTES, Container, Part, parse, pieces, read
 from sterna.expert.expert import Expert, exact_bytes
-from sterna.expert.facts import from_json, to_json
+from sterna.expert.facts import Facts, from_json, to_json
 from sterna.expert.table import MAX_DIMENSIONS, read_table, write_table
 from sterna.writing import whole_file
 
 TABLE = "sterna.table"
 STREAMS = "sterna.streams"
+_OURS = (TABLE, STREAMS, VALUES, CHECKSUM, "__metadata__")
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
@@ -39,26 +40,41 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
 
     Raises Unsupported or InvalidArgument for what the format cannot hold, before the first piece.
     """
-    exact = [change for change in expert.changes if isinstance(change, Set)]
-    for change in exact:
+    for change in expert.changes:
         refuse_unwritable(change)
     if expert.facts.scope == "global" and any(np.float32(ternary.scale) != np.float32(expert.facts.scale) for ternary in expert.ternaries):
         raise InvalidArgument(f"an expert of scope 'global' has the scale {expert.facts.scale} in every tensor; scope 'tensor' lets them differ")
-    exact.sort(key=lambda change: (-change.value.element_size(), change.name))
+    if fault := _contradiction(expert.facts, expert.changes):
+        raise InvalidArgument(f"the expert's {fault}")
     table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
     streams = [ternary.stream for ternary in expert.ternaries]
-    parts: list[Part] = [(c.name, CODES[c.value.dtype], tuple(c.value.shape), lambda c=c: iter([exact_bytes(c.value)])) for c in exact]  # type: ignore[misc]
+    exact = sorted((part for change in expert.changes for part in change.exact), key=lambda part: (-part[1].element_size(), part[0]))
+    if len({name for name, _ in exact}) < len(exact):
+        raise InvalidArgument("two exact tensors of the expert have the same name in its file")
+    parts: list[Part] = [(name, CODES[t.dtype], tuple(t.shape), lambda t=t: iter([exact_bytes(t)])) for name, t in exact]  # type: ignore[misc]
     parts.append((TABLE, "U8", (len(table),), lambda: iter([table])))
     parts.append((STREAMS, "U8", (sum(s.size for s in streams),), lambda: (memoryview(s) for s in streams)))
     return pieces(to_json(expert.facts), parts)
 
 
-def refuse_unwritable(change: Set) -> None:
+def refuse_unwritable(change: Change) -> None:
     """Raise Unsupported or InvalidArgument for an exact tensor that a file cannot hold."""
-    if change.value.dtype not in CODES:
-        raise Unsupported(f"{change.name} is {change.value.dtype}, which an expert cannot keep exactly; expected a plain float, integer or bool")
-    if change.name in (TABLE, STREAMS, CHECKSUM, "__metadata__") or change.value.dim() > MAX_DIMENSIONS:
-        raise InvalidArgument(f"an exact tensor cannot be named {change.name!r}, or have more than {MAX_DIMENSIONS} dimensions")
+    for name, tensor in change.exact:
+        if tensor.dtype not in CODES:
+            raise Unsupported(f"{name} is {tensor.dtype}, which an expert cannot keep exactly; expected a plain float, integer or bool")
+        if (name in _OURS and not isinstance(change, Masked)) or tensor.dim() > MAX_DIMENSIONS:
+            raise InvalidArgument(f"an exact tensor cannot be named {name!r}, or have more than {MAX_DIMENSIONS} dimensions")
+
+
+def _contradiction(facts: Facts, changes: Sequence[Change]) -> str | None:
+    """Where the facts and the changes do not agree, or None."""
+    rules = [change.rule for change in changes if isinstance(change, Masked)]
+    if facts.method == "exact" and any(change.ternaries for change in changes):
+        return "method is 'exact', but it has levels"
+    told = [(facts.mask.order, facts.mask.seed)] if facts.mask is not None else []
+    if told != [(rule.order, rule.seed) for rule in rules]:
+        return f"mask is {told or 'none'} in the facts, {[(rule.order, rule.seed) for rule in rules] or 'none'} in the table"
+    return None
 
 
 def load(path: str | os.PathLike[str]) -> Expert:
@@ -100,6 +116,8 @@ def from_container(container: Container) -> Expert:
     fingerprint, changes = read_table(table_bytes, digest, container.data, streams.start, streams.stop, scale, exact)
     if unread:
         raise InvalidFile(f"the file has tensors that its table does not tell of: {', '.join(repr(name[:80]) for name in sorted(unread)[:4])}")
+    if fault := _contradiction(facts, changes):
+        raise InvalidFile(f"the file's {fault}")
     return Expert(facts, fingerprint, changes, container.digest.hex(), container.data.size - PADDING)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from sterna.codings import U8, by_number
 from sterna.errors import InvalidArgument, InvalidFile
-from sterna.expert.changes import Add, Change, Factors, Multiply, Role, Set, Ternary
+from sterna.expert.changes import VALUES, Activation, Add, Change, Factors, Folded, Masked, MaskRule, Multiply, Order, Role, Set, Ternary, touched
 from sterna.fingerprint import SHORT, Fingerprint
 
 MAX_NAMES = 1 << 18
@@ -27,8 +27,11 @@ MAX_NAMES_TEXT = 1 << 26
 """Bytes of a name, its dotted parts, and bytes of all the base's names, at most: shared parts make names longer than their table."""
 MAX_DIMENSIONS = 8
 MAX_ENTRIES = 1 << 48
-_ROLES: tuple[Role, ...] = ("head", "buffer", "rows", "untied", "saved")
-_ADD, _FACTORS, _MULTIPLY, _SET = range(4)
+_ROLES: tuple[Role, ...] = ("head", "buffer", "rows", "untied", "saved", "tuned")
+_ORDERS: tuple[Order, ...] = ("smallest", "largest", "random")
+_ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu", "identity")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_ADD, _FACTORS, _MULTIPLY, _SET, _MASKED, _FOLDED = range(6)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -73,6 +76,14 @@ def _refuse_unreadable(fingerprint: Fingerprint, changes: tuple[Change, ...]) ->
         raise InvalidArgument(f"the base has {len(fingerprint.names)} tensors, the expert {len(changes)} changes; at most {MAX_NAMES} fit")
     if any(not first < second for first, second in pairwise(fingerprint.names)):
         raise InvalidArgument("the fingerprint's names are not sorted and distinct")
+    for change in changes:
+        if isinstance(change, Masked) and not change.rule.names:
+            raise InvalidArgument("the expert's mask names no tensor")
+        if fault := _change_fault(change):
+            raise InvalidArgument(f"the expert's change of {change.name} {fault}")
+    of_base = [name for change in changes if _is_of_base(change) for name in touched(change)]
+    if lost := set(of_base) - set(fingerprint.names):
+        raise InvalidArgument(f"the expert tunes {min(lost)!r}, which its base's fingerprint does not name")
     if fault := _rows_fault(changes):
         raise InvalidArgument(f"the expert's {fault}")
     for shape in {ternary.shape for change in changes for ternary in change.ternaries}:
@@ -113,7 +124,7 @@ def _put_names(out: bytearray, names: tuple[str, ...]) -> None:
 
 
 def _put_row(out: bytearray, change: Change, numbers: Mapping[str, int], shapes: Mapping[tuple[int, ...], int], scaled: bool) -> None:
-    kind = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET}[type(change)]
+    kind = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED}[type(change)]
     out.append(kind)
     _put(out, numbers.get(change.name, -1) + 1)
     if change.name not in numbers:
@@ -129,7 +140,15 @@ def _put_row(out: bytearray, change: Change, numbers: Mapping[str, int], shapes:
             if change.bias is not None:
                 _put_text(out, change.bias)
         case Set():
-            _put(out, _ROLES.index(change.role), change.first_row)
+            _put(out, _ROLES.index(change.role), change.first_row if change.scales is None else 1)
+        case Masked(rule=rule):
+            _put(out, _ORDERS.index(rule.order), rule.count, rule.seed)
+            chosen = set(rule.names)
+            out += np.packbits([name in chosen for name in numbers], bitorder="little").tobytes()
+            out.append(len(change.ternaries))
+        case Folded():
+            _put(out, _ACTIVATIONS.index(change.activation) | change.transposed << 2)
+            out += struct.pack("<d", change.scale)
     for ternary in change.ternaries:
         _put(out, ternary.coding.number, shapes[ternary.shape], ternary.stop - ternary.start)
         if scaled:
@@ -243,6 +262,32 @@ def _extent(shape: tuple[int, ...]) -> int:
     return math.prod(max(dimension, 1) for dimension in shape)
 
 
+def _is_of_base(change: Change) -> bool:
+    return isinstance(change, Masked | Folded) or (isinstance(change, Set) and change.role == "tuned")
+
+
+def _change_fault(change: Change) -> str | None:
+    """What is wrong with the tensors of one change, or None."""
+    match change:
+        case Set(scales=torch.Tensor() as scales, value=value):
+            if change.role != "head" or value.dtype != torch.int8 or not value.dim():
+                return f"has scales for {value.dtype} in the role {change.role}; expected an int8 head of rows"
+            if scales.dtype != torch.float32 or scales.shape != value.shape[:1] or not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+                return f"has scales that are not {value.shape[0]} finite float32 numbers of 0 or more"
+        case Masked(rule=rule, values=torch.Tensor() as values):
+            if values.dtype not in _FLOATS or values.shape != (rule.count,) or not rule.count:
+                return f"has {values.dtype} values of shape {tuple(values.shape)}; expected {rule.count} (1 or more) in float32, float16 or bfloat16"
+        case Masked(rule=rule, values=Ternary(shape=shape)):
+            if shape != (rule.count,) or not rule.count:
+                return f"has levels of shape {shape}; expected {rule.count}, at least 1"
+        case Folded(D=D, U=U):
+            if D.dtype not in _FLOATS or U.dtype not in _FLOATS or D.dim() != 2 or U.shape != D.T.shape or not D.numel():
+                return f"has factors of shapes {tuple(D.shape)} and {tuple(U.shape)}; expected [n, r] and [r, n] in float32, float16 or bfloat16"
+            if not math.isfinite(change.scale):
+                return f"has the scale {change.scale}; expected a finite number"
+    return None
+
+
 def _biases(changes: Iterable[Change]) -> list[str]:
     return [change.bias for change in changes if isinstance(change, Multiply) and change.bias is not None]
 
@@ -252,6 +297,11 @@ def _rows_fault(changes: Sequence[Change]) -> str | None:
     for first, second in pairwise(changes):
         if not first.name < second.name and not _rows_after_add(first, second):
             return f"rows are not in order of their names at {second.name!r}"
+    masks = [change for change in changes if isinstance(change, Masked)]
+    if len(masks) > 1:
+        return "masks are more than one"
+    if masks and not {name for change in changes if change is not masks[0] for name in touched(change)}.isdisjoint(masks[0].rule.names):
+        return "mask lies over a tensor that another row changes"
     biases = _biases(changes)
     twice = len(set(biases)) < len(biases) or not {change.name for change in changes}.isdisjoint(biases)
     return "biases are changed twice" if twice else None
@@ -259,7 +309,7 @@ def _rows_fault(changes: Sequence[Change]) -> str | None:
 
 def _rows_after_add(first: Change, second: Change) -> bool:
     """The one pair of changes that may share a name: an embedding's old rows, then those it gained."""
-    return first.name == second.name and not isinstance(first, Set) and isinstance(second, Set) and second.role == "rows"
+    return first.name == second.name and isinstance(first, Add | Factors | Multiply) and isinstance(second, Set) and second.role == "rows"
 
 
 def _names(reader: _Reader) -> tuple[str, ...]:
@@ -286,7 +336,7 @@ def _names(reader: _Reader) -> tuple[str, ...]:
 
 
 def _row(reader: _Reader, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Change:
-    kind = reader.number(3, "kind of change")
+    kind = reader.number(5, "kind of change")
     number = reader.number(len(names), "name")
     name = names[number - 1] if number else reader.name("name")
     if kind == _ADD:
@@ -308,6 +358,46 @@ def _row(reader: _Reader, names: tuple[str, ...], streams: _Streams, exact: Call
         key = reader.name("key")
         bias = reader.name("bias") if biased else None
         return Multiply(name, key, streams.ternary(reader), axis, bias)
+    if kind == _SET:
+        return _set_row(reader, name, bool(number), exact)
+    if not number:
+        raise InvalidFile(f"the table tunes {name!r}, which is not a tensor of the base")
+    made = _masked_row(reader, name, names, streams, exact) if kind == _MASKED else _folded_row(reader, name, exact)
+    if fault := _change_fault(made):
+        raise InvalidFile(f"the table's change of {name} {fault}")
+    return made
+
+
+def _set_row(reader: _Reader, name: str, of_base: bool, exact: Callable[[str], torch.Tensor]) -> Set:
     role = _ROLES[reader.number(len(_ROLES) - 1, "role")]
-    first_row = reader.number(MAX_ENTRIES if role == "rows" else 0, "first row")
-    return Set(name, exact(name), role, first_row)
+    if role == "tuned" and not of_base:
+        raise InvalidFile(f"the table tunes {name!r}, which is not a tensor of the base")
+    number = reader.number({"rows": MAX_ENTRIES, "head": 1}.get(role, 0), "first row" if role == "rows" else "flag of scales")
+    if role == "rows" or not number:
+        return Set(name, exact(name), role, number)
+    change = Set(name, exact(name), role, scales=exact(f"{name}.scales"))
+    if fault := _change_fault(change):
+        raise InvalidFile(f"the table's change of {name} {fault}")
+    return change
+
+
+def _masked_row(reader: _Reader, name: str, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Masked:
+    order = _ORDERS[reader.number(len(_ORDERS) - 1, "order")]
+    count = reader.number(MAX_ENTRIES, "count")
+    seed = reader.number((1 << 53) - 1, "seed")
+    bits = np.unpackbits(np.frombuffer(reader.take((len(names) + 7) // 8), np.uint8), bitorder="little")
+    if bits[len(names) :].any():
+        raise InvalidFile("the table's mask names tensors beyond the last")
+    chosen = tuple(names[i] for i in np.flatnonzero(bits))
+    if not chosen or chosen[0] != name:
+        raise InvalidFile(f"the table's mask begins with {chosen[0] if chosen else None!r}; expected {name!r}, the name of its row")
+    values = streams.ternary(reader) if reader.number(1, "form") else exact(VALUES)
+    return Masked(MaskRule(order, count, chosen, seed), values)
+
+
+def _folded_row(reader: _Reader, name: str, exact: Callable[[str], torch.Tensor]) -> Folded:
+    flags = reader.number(2 | 4, "flags")
+    if flags & 3 == 3:
+        raise InvalidFile(f"the table's flags are {flags}: an activation of that number is not known")
+    scale = reader.floating("<d", "scale")
+    return Folded(name, exact(f"{name}.D"), exact(f"{name}.U"), _ACTIVATIONS[flags & 3], scale, bool(flags & 4))

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 
 from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongModel
-from sterna.expert.changes import Add, Factors, Multiply, Set
-from sterna.expert.expert import Expert, new_value
-from sterna.fingerprint import LiveDigests, require_base
+from sterna.expert.changes import Add, Change, Factors, Folded, Masked, Multiply, Set, touched
+from sterna.expert.expert import Expert, folded_shape, new_value, refuse_count
+from sterna.fingerprint import LiveDigests, combine, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
-from sterna.live.update import NATIVE, AddProduct, Overwrite, Step, sparse_adds
+from sterna.live.update import NATIVE, AddProduct, Overwrite, Step, WriteMasked, sparse_adds
 from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_unpatchable
+from sterna.mask import mask_of
 from sterna.sources.names import some
 from sterna.sources.stored import unwrap
 
@@ -263,8 +264,9 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
         raise AlreadyAttached("a part of the model, or a model that contains it, carries an expert already; detach it first")
     digests = _check_base(expert, live, allow_narrower)
     _refuse_ties(expert, slots)
-    steps: list[Step] = sparse_adds([slots[name].tensor for name in adds], expert.adds)
-    others = [change for change in expert.changes if not isinstance(change, Add)]
+    steps: list[Step] = [_masked(change, slots, digests) for change in expert.changes if isinstance(change, Masked)]  # first: it reads the base
+    steps += sparse_adds([slots[name].tensor for name in adds], expert.adds)
+    others = [change for change in expert.changes if not isinstance(change, Add | Masked)]
     for change in sorted(others, key=lambda change: isinstance(change, Set) and change.role == "untied"):  # after what replaces all that are tied
         steps.extend(_steps_of(change, slots, live))
     if expert.facts.config:
@@ -282,14 +284,16 @@ def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> 
     missing: list[str] = []
     tuned_prefix = expert.facts.prefixes[1]
     for change in expert.changes:
-        for name in (change.name, change.bias) if isinstance(change, Multiply) and change.bias else (change.name,):
-            slot = live.find(name, tuned_prefix)
+        for name in touched(change):
+            slot = live.of_base.get(name) if _of_base(change) else live.find(name, tuned_prefix)
             if slot is None:
                 missing.append(name)
                 continue
             found[name] = slot
             refuse_unpatchable(slot)
-            wanted = change.levels.shape if isinstance(change, Add) else _shape_wanted(change, name, slot)
+            if isinstance(change, Masked | Folded) and slot.tensor.dtype not in NATIVE:
+                raise Unsupported(f"{slot.name} is {slot.tensor.dtype}; expected float32, float16 or bfloat16")
+            wanted = _shape_wanted(change, name, slot)
             if wanted is not None and slot.tensor.shape != wanted:
                 raise WrongModel(f"{slot.name} has shape {tuple(slot.tensor.shape)} in the model, {wanted} in the expert: {_load_hint(root, expert)}")
     if missing:
@@ -297,19 +301,37 @@ def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> 
     return found
 
 
+def _of_base(change: Change) -> bool:
+    """Whether the change is one of tensors that the base is known to have, and that were held against its fingerprint."""
+    return isinstance(change, Masked | Folded) or (isinstance(change, Set) and change.role == "tuned")
+
+
 def _refuse_ties(expert: Expert, slots: Mapping[str, Slot]) -> None:
-    """Raise WrongModel where one live tensor would be added to twice, under two names."""
+    """Raise WrongModel where one live tensor would be changed twice, under two names."""
     first: dict[int, str] = {}
     for change in expert.changes:
-        if isinstance(change, Add) and first.setdefault(id(slots[change.name].tensor), change.name) != change.name:
-            other = first[id(slots[change.name].tensor)]
-            raise WrongModel(f"the model ties {other} and {change.name}, which the expert's base holds apart: load it with tie_word_embeddings=False")
+        for name in touched(change) if isinstance(change, Add) or _of_base(change) else ():
+            other = first.setdefault(id(slots[name].tensor), name)
+            if other != name:
+                raise WrongModel(f"the model ties {other} and {name}, which the expert's base holds apart: load it with tie_word_embeddings=False")
 
 
-def _shape_wanted(change: Factors | Multiply | Set, name: str, slot: Slot) -> tuple[int, ...] | None:
+def _masked(change: Masked, slots: Mapping[str, Slot], digests: Mapping[int, bytes]) -> WriteMasked:
+    """The step that writes at the mask, which is made of the base: not now, when another expert may still be on the model."""
+    tensors = {name: slots[name].tensor for name in change.rule.names}
+    refuse_count(change.rule, list(tensors.values()))
+    base = combine(digests[id(tensor)] for tensor in tensors.values())  # of these very values: a file could lie about its base's fingerprint
+    return WriteMasked(list(tensors.values()), change, lambda: mask_of(base, change.rule, tensors.__getitem__))
+
+
+def _shape_wanted(change: Change, name: str, slot: Slot) -> tuple[int, ...] | None:
     """The shape that the live tensor must have; None where any will do."""
     shape = tuple(slot.tensor.shape)
     match change:
+        case Add():
+            return change.levels.shape
+        case Folded():
+            return folded_shape(change, shape)
         case Factors():
             out, inner = change.B.shape[0], change.A.size // max(change.A.shape[0], 1)
             flat = (inner, out) if change.transposed else (out, inner)
@@ -320,7 +342,7 @@ def _shape_wanted(change: Factors | Multiply | Set, name: str, slot: Slot) -> tu
             return shape if along == change.vector.size else (change.vector.size,)
         case Set(role="rows"):
             return (change.first_row, *change.value.shape[1:])
-        case Set(role="buffer"):
+        case Set(role="buffer" | "tuned"):
             return tuple(change.value.shape)
     return None
 
@@ -332,7 +354,7 @@ def _load_hint(root: torch.nn.Module, expert: Expert) -> str:
 
 def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict[int, bytes]:
     """Raise WrongBase unless the live tensors are the expert's base; returns their digests by id."""
-    replaced = {change.name for change in expert.changes if isinstance(change, Set) and change.role != "rows"}
+    replaced = {change.name for change in expert.changes if isinstance(change, Set) and change.role not in ("rows", "tuned")}
     names = [name for name in expert.fingerprint.names if name in live.of_base and name not in replaced and live.of_base[name].tensor.dtype in NATIVE]
     tensors = [live.of_base[name].tensor for name in names]
     for name, tensor in zip(names, tensors, strict=True):
@@ -340,11 +362,12 @@ def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict
             raise Unsupported(f"{name} is on the meta device (offloaded or not loaded); load the whole model first")
     digests = _digests.of(tensors)
     found = {name: (digest, tensor.dtype) for name, digest, tensor in zip(names, digests, tensors, strict=True)}
-    require_base(expert.fingerprint, expert.facts.base.name, found, allow_narrower)
+    masked = any(isinstance(change, Masked) for change in expert.changes)
+    require_base(expert.fingerprint, expert.facts.base.name, found, allow_narrower, masked)
     return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 
-def _steps_of(change: Factors | Multiply | Set, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
+def _steps_of(change: Factors | Multiply | Folded | Set, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
     slot = slots[change.name]
     if isinstance(change, Set):
         sharing = [other for other in live.all.values() if other.tensor is slot.tensor]
@@ -354,5 +377,5 @@ def _steps_of(change: Factors | Multiply | Set, slots: dict[str, Slot], live: Li
         return [Overwrite(slot.tensor, partial(new_value, change), counts=False)]
     if isinstance(change, Factors) and AddProduct.fits(slot.tensor):
         return [AddProduct(slot.tensor, change)]
-    names = (change.name, change.bias) if isinstance(change, Multiply) and change.bias else (change.name,)
-    return [Overwrite(slots[name].tensor, partial(new_value, change), counts=True) for name in names]
+    counts = not isinstance(change, Folded)  # whose new value is rounded already
+    return [Overwrite(slots[name].tensor, partial(new_value, change), counts) for name in touched(change)]

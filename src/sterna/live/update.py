@@ -9,7 +9,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sterna.expert.changes import Factors, Joined, Ternary
+from sterna.codings import I64
+from sterna.expert.changes import Factors, Joined, Masked, Ternary
+from sterna.expert.expert import masked_parts, masked_value
 from sterna.live.kernels import AHEAD, BF16, FLOAT, FP16, add, add_product, restore
 
 NATIVE = {torch.float32: (np.float32, FLOAT), torch.float64: (np.float64, FLOAT), torch.bfloat16: (np.uint16, BF16), torch.float16: (np.uint16, FP16)}
@@ -191,6 +193,48 @@ class Overwrite:
         if self._saved is not None:
             self._tensor.detach().copy_(self._saved)
             self._saved = None
+
+
+class WriteMasked:
+    """The masked entries of many tensors given new values, through torch operations: any device, any layout.
+
+    `positions` gives the mask of the tensors as they are when it is asked: it may have to be made of them.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], change: Masked, positions: Callable[[], Sequence[I64]]) -> None:
+        self._tensors = tensors
+        self._change = change
+        self._positions = positions
+        self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        entries = sum(ternary.count for ternary in change.ternaries) if change.ternaries else change.rule.count
+        self.updates = entries if change.ternaries else 0
+        self.undo_bytes = entries * (8 + max(tensor.element_size() for tensor in tensors))
+        self.swallowed = 0
+
+    def apply(self) -> None:
+        self.swallowed = 0
+        for tensor, (places, part) in zip(self._tensors, masked_parts(self._change, self._positions()), strict=True):
+            if not len(places):
+                continue
+            live, index = _entries(tensor, places)
+            old = live[index]
+            new = masked_value(self._change, old, part)
+            self._saved.append((tensor, places, old))
+            live[index] = new
+            self.swallowed += int((new == old).sum()) if self.updates else 0
+
+    def revert(self) -> None:
+        while self._saved:
+            tensor, places, old = self._saved[-1]
+            live, index = _entries(tensor, places)
+            live[index] = old
+            self._saved.pop()
+
+
+def _entries(tensor: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """A view of the tensor and what indexes it at flat places."""
+    live, places = tensor.detach(), places.to(tensor.device)
+    return (live.view(-1), (places,)) if live.is_contiguous() else (live, torch.unravel_index(places, live.shape))
 
 
 def sparse_adds(tensors: Sequence[torch.Tensor], adds: Joined) -> list[Step]:
