@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sterna import __version__
@@ -16,12 +17,14 @@ from sterna.expert.expert import Expert
 from sterna.expert.facts import BaseFacts, Facts, Scope
 from sterna.expert.file import refuse_unwritable
 from sterna.fingerprint import HASHED_DTYPES, Fingerprint, fingerprint
+from sterna.precision import HeadPrecision, check_head, stored
 from sterna.progress import Progress, silent
 from sterna.sources.adapted import adapted
 from sterna.sources.adapter import is_adapter, read_adapter
 from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint, resolve
 from sterna.sources.config import added_tokens
 from sterna.sources.finetune import finetune
+from sterna.sources.trained import trained, trained_expert
 from sterna.taskvector import TaskVector
 
 UNRELATED = 0.5
@@ -30,12 +33,13 @@ UNRELATED = 0.5
 
 def compress(
     base: Source,
-    tuned: Source,
+    tuned: Source | Expert,
     *,
     density: float = 0.1,
     alpha: float = 4.0,
     scope: Scope = "global",
     exclude: Sequence[str] = (),
+    head: HeadPrecision = "exact",
     force: bool = False,
     coding: str = "rice",
     metadata: Mapping[str, Any] | None = None,
@@ -44,12 +48,14 @@ def compress(
 ) -> Expert:
     """Compress what `tuned` learned over `base` into an expert (ComPEFT, arXiv 2311.13171).
 
-    `base` and `tuned` are model folders, safetensors files, hub ids, state dicts or modules; `tuned` may also be a PEFT folder with a LoRA or (IA)3.
+    `base` and `tuned` are model folders, safetensors files, hub ids, state dicts or modules; `tuned` may also be a PEFT folder with a LoRA or (IA)3,
+    or an exact expert (or its file) that PaFi or HiWi trained: the new one keeps its mask, its head and what it says of itself.
     Keeps the signs of the `density` share of entries of largest magnitude, each worth alpha * std(task vector); `scope="tensor"` does so tensor by
-    tensor. `exclude` are glob patterns over the base's names that stay at the base. Heads and changed buffers are kept exact. `force` goes on where
+    tensor. `exclude` are glob patterns over the base's names that stay at the base. Heads and changed buffers are kept exact;
+    `head` stores heads in "fp16", "bf16" or "int8" (matrices with a scale for each row, vectors in float16). `force` goes on where
     the two do not seem to belong together. `metadata` is any JSON of yours. `warn` is told what a user should know.
 
-    Raises InvalidArgument, PairingError, Unsupported, NotFound, InvalidFile or CannotWrite before anything is written.
+    Raises InvalidArgument, PairingError, WrongBase (of an expert), Unsupported, NotFound, InvalidFile or CannotWrite before anything is written.
     """
     check_options(density, alpha)
     if scope not in ("global", "tensor"):
@@ -58,29 +64,33 @@ def compress(
         chosen = by_name(coding)
     except KeyError as error:
         raise InvalidArgument(str(error.args[0])) from None
+    check_head(head)
     ours = open_checkpoint(base)
-    task = _task_vector(ours, tuned, exclude)
+    before = trained_expert(tuned)
+    if before is not None:
+        task = trained(ours, before, exclude, progress)
+    else:
+        assert not isinstance(tuned, Expert)
+        task = _task_vector(ours, tuned, exclude)
     for warning in task.warnings:
         warn(warning)
-    for change in task.exact:
+    exact = [stored(change, head) for change in task.exact]
+    for change in exact:
         refuse_unwritable(change)
-    mark = base_fingerprint(ours, progress)
+    mark = before.fingerprint if before is not None else base_fingerprint(ours, progress)
     levels, norm = ternarize(task.pieces, density=density, alpha=alpha, per_tensor=scope == "tensor", coding=chosen, progress=progress)
     if task.norm is not None:
         _refuse_strangers(norm, task.norm(), force, warn)
     if not any(ternary.count for ternary in levels):
         warn("the tuned model equals the base in every tensor that is compressed: the expert changes nothing there")
-    changes = sorted([*task.changes(levels), *task.exact], key=lambda change: (change.name, isinstance(change, Set)))
+    changes = sorted([*task.changes(levels), *exact], key=lambda change: (change.name, isinstance(change, Set)))
+    how: dict[str, Any] = {"method": "compeft", "density": float(density), "alpha": float(alpha), "scope": scope, "writer": f"sterna {__version__}"}
+    how |= {"scale": levels[0].scale if scope == "global" else 0.0, "parameters": sum(piece.size for piece in task.pieces)}
+    if before is not None:
+        return Expert(replace(before.facts, **how, metadata={**before.facts.metadata, **(metadata or {})}), mark, tuple(changes))
     facts = Facts(
-        method="compeft",
         source=task.source,
-        density=float(density),
-        alpha=float(alpha),
-        scope=scope,
-        scale=levels[0].scale if scope == "global" else 0.0,
         base=base_facts(ours, mark),
-        writer=f"sterna {__version__}",
-        parameters=sum(piece.size for piece in task.pieces),
         architecture=task.architecture,
         prefixes=task.prefixes,
         dropped=task.dropped,
@@ -89,6 +99,7 @@ def compress(
         tokens=added_tokens(ours.folder, task.folder),
         adapter=task.adapter,
         metadata=dict(metadata or {}),
+        **how,
     )
     return Expert(facts, mark, tuple(changes))
 

@@ -10,6 +10,17 @@ import typer
 
 from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, size, warn
 
+TUNED_HELP = "The tuned model: as BASE, or a PEFT LoRA or (IA)3 folder, or an exact PaFi or HiWi expert."
+
+
+class Head(StrEnum):
+    """In which precision a head is stored."""
+
+    EXACT = "exact"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
 
 class Scope(StrEnum):
     """Over what the threshold and the standard deviation are taken."""
@@ -20,12 +31,13 @@ class Scope(StrEnum):
 
 def compress(
     base: Annotated[str, typer.Argument(metavar="BASE", help=BASE_HELP, show_default=False)],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The tuned model: as BASE, or a PEFT LoRA or (IA)3 folder.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help=TUNED_HELP, show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="EXPERT", help="The expert file to write.", show_default=False)],
     density: Annotated[float, typer.Option(help="Share of the entries that keep their sign.")] = 0.1,
     alpha: Annotated[float, typer.Option(help="Scale of the kept entries, in standard deviations of the task vector.")] = 4.0,
     scope: Annotated[Scope, typer.Option(help="One threshold and scale for all tensors, or one for each.")] = Scope.GLOBAL,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors that stay at the base. May be given again.")] = None,
+    head: Annotated[Head, typer.Option(help="Precision in which the task's head is stored.")] = Head.EXACT,
     metadata: Annotated[
         list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata to carry, as task=legal. May be given again.")
     ] = None,
@@ -46,6 +58,7 @@ def compress(
             alpha=alpha,
             scope=scope.value,
             exclude=exclude or [],
+            head=head.value,
             force=force,
             metadata=fields,
             warn=warn,

@@ -81,6 +81,19 @@ def read(path: str | os.PathLike[str]) -> Container:
     return _prefixed(name, lambda: _verified(data, *layout))
 
 
+def is_expert(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a safetensors file with an expert's metadata, by its header alone."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            metadata = json.loads(file.read(length)).get("__metadata__") if length <= HEADER_LIMIT else None
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return False
+    return isinstance(metadata, dict) and KEY in metadata
+
+
 def _prefixed(name: str, step: Callable[[], T]) -> T:
     """The step's result; the file's name goes before the message where it raises InvalidFile."""
     try:

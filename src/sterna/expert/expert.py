@@ -137,7 +137,7 @@ class Expert:
             takes = max(wanted, factors)
             raise InvalidArgument(f"the dense task vector takes {takes:,} bytes, more than the {limit:,} allowed; give its base, or max_bytes")
         for change in self.changes:
-            _refuse_shape(change, tensors)
+            refuse_shape(change, tensors)
         if tensors is not None and any(isinstance(change, Masked) for change in self.changes):
             digests = {name: (tensor_digest(tensor), tensor.dtype) for name, tensor in tensors.items()}
             require_base(self.fingerprint, self.facts.base.name, digests, masked=True)
@@ -302,7 +302,7 @@ def refuse_count(rule: MaskRule, tensors: Sequence[torch.Tensor]) -> None:
         raise WrongBase(f"the expert has values for {rule.count:,} masked entries; the {len(rule.names)} tensors of its mask have {entries:,}")
 
 
-def _refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) -> None:
+def refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) -> None:
     """Raise WrongBase where a change does not fit the base's tensor, before anything is made."""
     if tensors is None or (isinstance(change, Set) and (change.role not in ("buffer", "saved", "tuned") or change.name not in tensors)):
         return

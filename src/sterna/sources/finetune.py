@@ -23,7 +23,7 @@ def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> Tas
     pairing = pair(base, tuned, exclude)
     if not pairing.pairs:
         raise PairingError("nothing is left to compress: every tensor is excluded, exact or dropped")
-    pieces = [_difference(base, tuned, p.name, p.tuned, p.shape) for p in pairing.pairs]
+    pieces = [difference(p.name, p.shape, base.read(p.name), tuned.read(p.tuned)) for p in pairing.pairs]
 
     def changes(levels: Sequence[Ternary]) -> list[Change]:
         return [Add(piece.name, ternary) for piece, ternary in zip(pieces, levels, strict=True)]
@@ -47,18 +47,16 @@ def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> Tas
     )
 
 
-def _difference(base: Checkpoint, tuned: Checkpoint, name: str, other: str, shape: tuple[int, ...]) -> Piece:
-    """tuned - base as a piece. A tuned dtype that cannot hold the base's values rounds the base first, or rounding noise would fill it."""
-    entries = math.prod(shape)
-    ours = base.read(name).detach().reshape(-1)
-    theirs = tuned.read(other).detach().reshape(-1)[:entries]
-    round_to = theirs.dtype if torch.promote_types(ours.dtype, theirs.dtype) != theirs.dtype else None
+def difference(name: str, shape: tuple[int, ...], ours: torch.Tensor, theirs: torch.Tensor) -> Piece:
+    """theirs - ours as a piece. A dtype of theirs that cannot hold our values rounds ours first, or rounding noise would fill it."""
+    before, after = ours.detach().reshape(-1), theirs.detach().reshape(-1)[: math.prod(shape)]
+    round_to = after.dtype if torch.promote_types(before.dtype, after.dtype) != after.dtype else None
 
     def read(start: int, stop: int, out: F32) -> None:
-        before = ours[start:stop]
+        old = before[start:stop]
         if round_to is not None:
-            before = before.to(round_to)
-        np.subtract(float32(theirs[start:stop]), float32(before), out=out)
+            old = old.to(round_to)
+        np.subtract(float32(after[start:stop]), float32(old), out=out)
 
     return Piece(name, shape, read)
 
