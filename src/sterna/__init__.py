@@ -16,8 +16,12 @@ __version__ = "0.1.0.dev0"
 _WHERE = {
     "Expert": "sterna.expert.expert",
     "Fingerprint": "sterna.fingerprint",
+    "HiWi": "sterna.tuning.hiwi",
+    "PaFi": "sterna.tuning.pafi",
     "Patch": "sterna.live.patch",
     "SternaError": "sterna.errors",
+    "Trainer": "sterna.tuning.trainer",
+    "Tuning": "sterna.tuning.tuning",
     "apply": "sterna.applying",
     "attach": "sterna.live.patch",
     "attached": "sterna.live.patch",
@@ -25,6 +29,7 @@ _WHERE = {
     "compress": "sterna.compression",
     "inspect": "sterna.summary",
     "load": "sterna.expert.file",
+    "tune": "sterna.tuning.tuning",
     "verify": "sterna.verification",
 }
 
@@ -40,10 +45,15 @@ if TYPE_CHECKING:
     from sterna.live.patch import attached as attached
     from sterna.live.patch import attached_to as attached_to
     from sterna.summary import inspect as inspect
+    from sterna.tuning.hiwi import HiWi as HiWi
+    from sterna.tuning.pafi import PaFi as PaFi
+    from sterna.tuning.trainer import Trainer as Trainer
+    from sterna.tuning.tuning import Tuning as Tuning
+    from sterna.tuning.tuning import tune as tune
     from sterna.verification import verify as verify
 
-__all__ = ["Expert", "Fingerprint", "Patch", "SternaError", "__version__"]
-__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "verify"]
+__all__ = ["Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
+__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

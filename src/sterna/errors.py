@@ -35,6 +35,14 @@ class AlreadyAttached(SternaError, RuntimeError):
     """A second expert on a model that already carries one."""
 
 
+class AlreadyTuned(SternaError, RuntimeError):
+    """A model that is being tuned is to be tuned, or to carry an expert."""
+
+
+class TuningError(SternaError, RuntimeError):
+    """A tuning used after it ended, or one that has learned nothing."""
+
+
 class PatchError(SternaError, RuntimeError):
     """A patch used after it was detached, or whose weights were changed by others."""
 

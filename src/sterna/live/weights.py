@@ -9,13 +9,16 @@ from functools import lru_cache
 
 import torch
 
-from sterna.errors import PairingError, Unsupported, WrongModel
+from sterna.errors import AlreadyTuned, PairingError, Unsupported, WrongModel
 from sterna.sources.checkpoint import refuse_tensor
 from sterna.sources.names import Alignment, align, plain, swap_prefix
 from sterna.sources.stored import stored_names
 
 Place = tuple[int, str]
 """A module's id and an attribute of it."""
+
+TUNED = "_sterna_taps"
+"""The attribute that marks modules whose parameters `sterna.tune` trains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,12 @@ def live_weights(
 def refuse_quantized(model: torch.nn.Module) -> None:
     if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
         raise Unsupported("the model is quantized; attach experts to plain float32, float16 or bfloat16 weights")
+
+
+def refuse_tuned(model: torch.nn.Module) -> None:
+    """Raise AlreadyTuned for a model that `sterna.tune` is training, in whole or in part."""
+    if any(TUNED in module.__dict__ for module in model.modules()):
+        raise AlreadyTuned("the model is being tuned; call finish() or discard() of its tuning first")
 
 
 def refuse_unpatchable(slot: Slot) -> None:
