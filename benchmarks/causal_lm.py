@@ -24,7 +24,7 @@ import sterna
 from harness import Side, milliseconds
 from sterna.demo.assets import asset_path, cache_folder, settle
 from sterna.demo.data import read_tab
-from sterna.demo.needs import quiet
+from sterna.needs import quiet
 
 STEPS, BATCH, TOKENS, RATE = 24, 4, 64, 3e-5
 DENSITIES, ALPHAS = (0.05, 0.1), (2.0, 4.0, 6.0, 8.0)

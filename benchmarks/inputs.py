@@ -13,13 +13,14 @@ import harness
 from sterna.demo.assets import asset_path, cache_folder
 from sterna.demo.causal_lm import causal_lm_folder
 from sterna.demo.evaluation import tokenized
-from sterna.demo.models import length_limit, load_classifier, load_tokenizer
+from sterna.demo.models import load_classifier
 from sterna.demo.options import DemoOptions, checked
 from sterna.demo.run import recipes_of, tasks_of
 from sterna.demo.training import run_folder, train
 from sterna.errors import NotFound
 from sterna.sources.checkpoint import open_checkpoint
 from sterna.sources.pairing import pair
+from sterna.training.models import length_limit, load_tokenizer
 
 State = dict[str, torch.Tensor]
 

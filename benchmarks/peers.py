@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import inputs
-from sterna.demo.needs import quiet
+from sterna.needs import quiet
 
 warnings.filterwarnings("ignore", message="Sparse invariant checks")
 

@@ -18,13 +18,13 @@ import torch
 
 from sterna.demo import assets, controls, data, intervals
 from sterna.demo.evaluation import Score, climb, counter
-from sterna.demo.models import model_folder
 from sterna.demo.options import DemoOptions, checked
 from sterna.demo.report import DemoResult, LiveResult, Row, TaskResult
 from sterna.demo.run import run_demo
 from sterna.demo.tables import read_rows
 from sterna.demo.timing import Latency, Steps
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, SternaError
+from sterna.training.models import model_folder
 
 SIZES = data.Sizes(train=40, validation=10, test=10)
 
@@ -220,7 +220,7 @@ def test_csv_tsv_and_json_lines_give_the_same_rows(tmp_path: Path) -> None:
         ("a.jsonl", b'["a", "b"]\n', InvalidFile, "a JSON object is expected, not list"),
         ("a.jsonl", b'{"text": "a", "label": ["b"]}\n', InvalidFile, "single values"),
         ("a.jsonl", b'{"text": "a"}\n', InvalidArgument, "no column 'label'"),
-        ("a.parquet", b"PAR1", InvalidArgument, "reads .csv, .tsv and .jsonl"),
+        ("a.parquet", b"PAR1", InvalidArgument, "expected .csv, .tsv, .jsonl"),
         ("missing.csv", None, NotFound, "there is no file"),
     ],
 )

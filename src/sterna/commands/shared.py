@@ -31,7 +31,7 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar with rate and time left for each step, on a terminal only; gone when the work is done."""
+    """A bar with rate, time left and a note (a loss, say) for each step, on a terminal only; gone when the work is done."""
     if not sys.stderr.isatty():
         yield silent
         return
@@ -51,15 +51,16 @@ def progress_bar() -> Iterator[Progress]:
         TextColumn("{task.percentage:>3.0f}%"),
         Rate(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         transient=True,
     )
     tasks: dict[str, Any] = {}
 
-    def report(step: str, done: int, total: int, unit: str) -> None:
+    def report(step: str, done: int, total: int, unit: str, note: str = "") -> None:
         if step not in tasks:
-            tasks[step] = bar.add_task(step, total=total, unit=unit)
-        bar.update(tasks[step], completed=done, total=total)
+            tasks[step] = bar.add_task(step, total=total, completed=done, unit=unit, note=note)
+        bar.update(tasks[step], completed=done, total=total, note=note)
 
     with bar:
         yield report

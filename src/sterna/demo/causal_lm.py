@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from sterna.demo.assets import asset_path, cache_folder, settle
-from sterna.demo.needs import needed, quiet
+from sterna.needs import needed, quiet
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

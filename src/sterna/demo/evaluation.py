@@ -11,7 +11,7 @@ import torch
 
 from sterna.demo.data import Split
 from sterna.demo.intervals import Estimate, wilson
-from sterna.demo.needs import needed
+from sterna.needs import needed
 from sterna.progress import Progress
 
 BATCH = 64

@@ -43,7 +43,7 @@ def paired_difference(correct: np.ndarray, reference: np.ndarray, draws: int = 1
 
 def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Estimate:
     """Geometric mean of times[i] / reference[i] with Student's interval on the logarithms; at least two pairs."""
-    from sterna.demo.needs import needed
+    from sterna.needs import needed
 
     logs = np.log(np.asarray(times) / np.asarray(reference))
     mean, error = float(logs.mean()), float(logs.std(ddof=1)) / math.sqrt(logs.size)

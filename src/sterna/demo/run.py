@@ -17,8 +17,7 @@ import sterna
 from sterna.demo.assets import asset_path, cache_folder
 from sterna.demo.data import Split, Task, newsgroups, split_rows, tweets
 from sterna.demo.evaluation import counter, evaluate, longest, tokenized
-from sterna.demo.models import length_limit, load_classifier, load_tokenizer, model_folder
-from sterna.demo.needs import check_needs, needed
+from sterna.demo.models import load_classifier
 from sterna.demo.options import DemoOptions, checked
 from sterna.demo.report import DemoResult, LiveResult, TaskResult
 from sterna.demo.study import Findings, Study, findings
@@ -27,7 +26,9 @@ from sterna.demo.tables import read_rows
 from sterna.demo.timing import latency, live_steps
 from sterna.demo.training import Recipe, load_lora, run_folder, train
 from sterna.errors import CannotWrite
+from sterna.needs import check_needs, needed
 from sterna.progress import Progress, silent
+from sterna.training.models import length_limit, load_tokenizer, model_folder
 
 
 def run_demo(options: DemoOptions | None = None, progress: Progress = silent) -> DemoResult:

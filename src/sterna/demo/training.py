@@ -16,9 +16,10 @@ import torch
 from sterna.demo.assets import settle
 from sterna.demo.data import Task
 from sterna.demo.evaluation import Tokens
-from sterna.demo.models import load_classifier, model_digest
-from sterna.demo.needs import needed, quiet
+from sterna.demo.models import load_classifier
 from sterna.errors import CannotWrite, SternaError
+from sterna.needs import needed, quiet
+from sterna.training.models import model_digest
 
 
 @dataclass(frozen=True, slots=True)

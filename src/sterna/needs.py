@@ -1,4 +1,4 @@
-"""What the demo needs beyond the core: imported when it is used, with one clear error where it is missing, and kept quiet."""
+"""What training and the demo need beyond the core: imported when it is used, with one clear error where it is missing, and kept quiet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sterna.errors import SternaError
 
 
 class MissingDependency(SternaError, ImportError):
-    """A package that only the demo needs is not installed."""
+    """A package of an extra is not installed."""
 
 
 def needed(name: str, install: str = "sterna[demo]") -> Any:
@@ -22,11 +22,11 @@ def needed(name: str, install: str = "sterna[demo]") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingDependency(f"the demo needs {name.partition('.')[0]}, which cannot be imported ({error}): pip install '{install}'") from error
+        raise MissingDependency(f"{name.partition('.')[0]} is needed here and cannot be imported ({error}): pip install '{install}'") from error
 
 
 def check_needs() -> None:
-    """Raise for the first missing package before any work starts."""
+    """Raise for the first missing package of the demo before any work starts."""
     for name in ("transformers", "accelerate", "peft", "sklearn", "scipy"):
         needed(name)
 
