@@ -19,7 +19,7 @@ from sterna.fingerprint import LiveDigests, combine, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
 from sterna.live.update import NATIVE, AddProduct, Overwrite, Step, WriteMasked, sparse_adds
-from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_unpatchable
+from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_tuned, refuse_unpatchable
 from sterna.mask import mask_of
 from sterna.sources.names import some
 from sterna.sources.stored import unwrap
@@ -37,6 +37,7 @@ def attach(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, a
     Raises WrongBase, WrongModel, Unsupported, AlreadyAttached or InvalidFile, with the model as it was.
     """
     root = unwrap(model)
+    refuse_tuned(root)
     loaded = _loaded(expert)
     with _attaching:
         if root in _patches:

@@ -19,12 +19,13 @@ from sterna.expert.expert import Expert
 from sterna.fingerprint import Fingerprint, require_base, tensor_digest
 from sterna.live.patch import attached_to
 from sterna.live.weights import Slot, live_weights, refuse_tuned
+from sterna.precision import HeadPrecision
 from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint
 from sterna.sources.names import some
 from sterna.sources.pairing import Pairing, pair
 from sterna.sources.stored import unwrap
 from sterna.tuning.hiwi import HiWi
-from sterna.tuning.outcome import Head, Values, expert_of
+from sterna.tuning.outcome import Values, expert_of
 from sterna.tuning.pafi import PaFi
 from sterna.tuning.parts import Whole, hangs_at
 from sterna.writing import whole_file
@@ -220,14 +221,16 @@ class Tuning:
         values: Values = "exact",
         density: float | None = None,
         alpha: float | None = None,
-        head: Head = "exact",
+        head: HeadPrecision = "exact",
         metadata: Mapping[str, Any] | None = None,
     ) -> Expert:
         """What was learned so far, as an expert for the base.
 
         `values`: "exact" stores them in the model's dtype; "fp32", "fp16" or "bf16" in that one; "ternary" runs ComPEFT over what they moved by
-        (`density`, `alpha` as in `compress`). HiWi's weight variant stores D and U, or with "ternary" the compressed change. `head` is
-        the precision of the head. Raises TuningError where no value has moved: an optimizer that was built before `tune` trains nothing here.
+        (`density` .3 and `alpha` 2 unless given). HiWi's weight variant stores D and U, or with "ternary" the compressed change. `head` is the
+        precision of the head, as in `compress`.
+
+        Raises TuningError where no value has moved: an optimizer that was built before `tune` trains nothing here.
         """
         self._refuse_ended()
         self.write()
