@@ -78,6 +78,9 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
         scale = struct.unpack("<f", table.read(4))[0] if facts["scope"] == "tensor" else float(np.float32(facts.get("scale", 0)))
         return stream_levels(stream, int(np.prod(shape, dtype=np.int64))).reshape(shape), scale
 
+    def exact(name: str) -> np.ndarray:
+        return np.frombuffer(raw[name], DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+
     def change(kind: int, name: str) -> tuple[Any, ...]:
         if kind == 0:
             return "add", ternary()
@@ -87,8 +90,20 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
         if kind == 2:
             axis, biased, key = varint(table), varint(table), text(table)
             return "multiply", key, axis, text(table) if biased else None, ternary()
-        role = ("head", "buffer", "rows", "untied", "saved")[varint(table)]
-        return "set", role, varint(table), np.frombuffer(raw[name], DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+        if kind == 3:
+            role, number = ("head", "buffer", "rows", "untied", "saved", "tuned")[varint(table)], varint(table)
+            scales = exact(f"{name}.scales") if role == "head" and number else None
+            return "set", role, number if role == "rows" else 0, scales, exact(name)
+        if kind == 4:
+            order, count, seed = ("smallest", "largest", "random")[varint(table)], varint(table), varint(table)
+            bits = np.unpackbits(np.frombuffer(table.read((len(names) + 7) // 8), np.uint8), bitorder="little")
+            eligible = [names[i] for i in np.flatnonzero(bits)]
+            assert eligible[0] == name, "the name of a mask"
+            values = ternary() if varint(table) else exact("sterna.values")
+            assert (values[0] if isinstance(values, tuple) else values).shape == (count,), "the count of a mask"
+            return "masked", order, seed, eligible, values
+        flags, scale = varint(table), struct.unpack("<d", table.read(8))[0]
+        return "folded", ("relu", "gelu", "identity")[flags & 3], bool(flags & 4), scale, exact(f"{name}.D"), exact(f"{name}.U")
 
     changes: dict[str, list[tuple[Any, ...]]] = {}
     for _ in range(varint(table)):

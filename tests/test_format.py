@@ -26,10 +26,11 @@ import plain_reader
 import sterna
 from coded import SCALE, expert_of, opened, random_levels, stream_of, ternary_of
 from hostile.craft import ADD, SPECIMENS, Levels, Row, facts, plain, stream
-from sterna.errors import CannotWrite
+from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert import file as file_module
-from sterna.expert.changes import Add, Change, Factors, Multiply, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Folded, Masked, MaskRule, Multiply, Order, Set, Ternary
 from sterna.expert.expert import Expert, exact_bytes
+from sterna.expert.facts import MaskFacts
 from sterna.expert.file import CODES, file_pieces, from_bytes
 from sterna.expert.table import write_table
 from sterna.fingerprint import fingerprint
@@ -51,7 +52,15 @@ def plainly(change: Change) -> tuple[Any, ...]:
             return "factors", change.key, *coded, change.scaling, change.transposed, change.embedding
         case Multiply():
             return "multiply", change.key, change.axis, change.bias, *coded
-    return "set", change.role, change.first_row, bytes(exact_bytes(change.value))
+        case Masked(rule=rule):
+            exact = [bytes(exact_bytes(values)) for _, values in change.exact]
+            return "masked", rule.order, rule.seed, list(rule.names), *coded, *exact
+        case Folded():
+            exact = [bytes(exact_bytes(values)) for _, values in change.exact]
+            return "folded", change.activation, change.transposed, change.scale, *exact
+    assert isinstance(change, Set)
+    scales = bytes(exact_bytes(change.scales)) if change.scales is not None else None
+    return "set", change.role, change.first_row, scales, bytes(exact_bytes(change.value))
 
 
 def same(ours: Any, theirs: Any) -> bool:
@@ -237,6 +246,100 @@ def test_every_kind_of_change_is_read_alike() -> None:
     assert [t.scale for t in read.ternaries] == [float(np.float32(t.scale)) for t in scaled.ternaries]
 
 
+NAMES = tuple(sorted(f"layer.{i}.{name}" for i in range(5) for name in ("bias", "weight")))
+
+
+def trained(ternary: bool = False, order: Order = "random", dtype: torch.dtype = torch.float32) -> Expert:
+    """What PaFi and HiWi leave: masked values, tuned biases, folded weights, heads in 8 and 16 bit."""
+    generator = torch.Generator().manual_seed(3)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    rule = MaskRule(order, 70, NAMES[2:7], seed=(1 << 53) - 1 if order == "random" else 0)
+    changes: list[Change] = [
+        Masked(rule, ternary_of(random_levels((70,), 0.6)) if ternary else some(70)),
+        Set("layer.0.bias", some(4), "tuned"),
+        Folded("layer.0.weight", some(6, 2), some(2, 6), "gelu", -0.5),
+        Folded("layer.4.weight", some(4, 3), some(3, 4), "relu", 1.0, transposed=True),
+        Set("score.bias", some(3).half(), "head"),
+        Set("score.weight", torch.arange(-6, 6).reshape(3, 4).to(torch.int8), "head", scales=torch.tensor([0.5, 0.0, 2.0])),
+    ]
+    how: dict[str, Any] = {} if ternary else {"method": "exact", "density": None, "alpha": None, "scale": 0.0}
+    mask = MaskFacts(order, 0.005, rule.seed)
+    return expert_of(sorted(changes, key=lambda change: change.name), NAMES, source="pafi", mask=mask, tuning={"method": "pafi"}, **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["smallest", "largest", "random"])
+@pytest.mark.parametrize("ternary", [False, True])
+def test_what_training_leaves_is_read_alike(ternary: bool, order: Order, dtype: torch.dtype) -> None:
+    expert = trained(ternary, order, dtype)
+    read = agree(bytes_of(expert))
+    assert (read.facts, read.content_digest) == (expert.facts, expert.content_digest)
+    assert all(same(plainly(ours), plainly(theirs)) for ours, theirs in zip(expert.changes, read.changes, strict=True))
+    score = next(change for change in read.changes if change.name == "score.weight")
+    assert isinstance(score, Set)
+    assert torch.equal(score.tensor, torch.arange(-6, 6).reshape(3, 4) * torch.tensor([[0.5], [0.0], [2.0]]))
+
+
+def test_what_contradicts_itself_is_not_written() -> None:
+    expert = trained()
+    masked = next(change for change in expert.changes if isinstance(change, Masked))
+    folded = next(change for change in expert.changes if isinstance(change, Folded))
+    head = next(change for change in expert.changes if isinstance(change, Set) and change.scales is not None)
+
+    def with_change(old: Change, *new: Change) -> Expert:
+        changes = [change for change in expert.changes if change is not old]
+        return replace(expert, changes=tuple(sorted([*changes, *new], key=lambda change: change.name)))
+
+    def with_values(values: torch.Tensor | Ternary) -> Expert:
+        return with_change(masked, Masked(masked.rule, values))
+
+    assert isinstance(masked.values, torch.Tensor)
+    refused = {
+        "mask is .* in the facts": replace(expert, facts=replace(expert.facts, mask=None)),
+        "in the table": with_change(masked),
+        "method is 'exact', but it has levels": with_change(folded, Add(folded.name, replace(ternary_of(random_levels((3,), 1.0)), scale=0.0))),
+        "expected 70 .1 or more. in float32": with_values(masked.values.double()),
+        "has torch.float32 values of shape": with_values(masked.values[:-1]),
+        "does not name": with_change(masked, Masked(replace(masked.rule, names=("layer.1.bias", "z")), masked.values)),
+        "mask lies over a tensor": with_change(folded, Set("layer.2.bias", torch.zeros(2), "tuned")),
+        "masks are more than one": with_change(folded, Masked(replace(masked.rule, names=(folded.name,)), masked.values)),
+        r"expected \[n, r\] and \[r, n\]": with_change(folded, replace(folded, U=folded.U.T.contiguous())),
+        "has the scale inf": with_change(folded, replace(folded, scale=math.inf)),
+        "expected an int8 head": with_change(head, replace(head, role="buffer")),
+        "3 finite float32 numbers": with_change(head, replace(head, scales=torch.tensor([1.0, -1.0, 1.0]))),
+        "the same name": with_change(head, head, Set("score.weight.scales", torch.zeros(2), "head")),
+        "cannot be named": with_change(head, Set("sterna.values", torch.zeros(2), "head")),
+        "tunes 'z'": with_change(head, Set("z", torch.zeros(2), "tuned")),
+    }
+    for names in ((), ("b", "a"), ("a", "a")):
+        with pytest.raises(InvalidArgument, match="sorted and distinct"):
+            MaskRule("smallest", 1, names)
+    for phrase, other in refused.items():
+        with pytest.raises(InvalidArgument, match=phrase):
+            bytes_of(other)
+
+
+def test_facts_of_a_mask_and_of_exact_values_have_limits() -> None:
+    good = trained().facts
+    assert good.mask is not None
+    for fields, phrase in (
+        ({"density": 0.5}, "density is 0.5"),
+        ({"alpha": 1.0}, "alpha is 1.0"),
+        ({"scale": 1.0}, "scale is 1.0"),
+        ({"method": "compeft"}, "density is None"),
+        ({"mask": replace(good.mask, rule=2)}, "mask.rule is 2; expected 1"),
+        ({"mask": replace(good.mask, seed=1 << 53)}, "mask.seed is"),
+        ({"mask": replace(good.mask, density=0.0)}, "mask.density is 0.0"),
+        ({"tuning": {"a": {"auto_map": "x"}}}, "tuning is"),
+        ({"tuning": {"a": math.nan}}, "tuning is"),
+    ):
+        with pytest.raises(InvalidArgument, match=phrase):
+            replace(good, **fields)
+
+
 def replace_scale(change: Change, scale: float) -> Change:
     def other(ternary: Ternary) -> Ternary:
         return replace(ternary, scale=float(np.float32(scale)))
@@ -370,6 +473,39 @@ def variants(expert: Expert) -> Iterator[tuple[str, Expert]]:
                 yield "a dtype", other(position, replace(change, value=change.value.view(torch.int32)))
 
 
+def trained_variants(expert: Expert) -> Iterator[tuple[str, Expert]]:
+    """Experts that differ from `trained()` in one thing that counts."""
+    for position, change in enumerate(expert.changes):
+
+        def other(new: Change, position: int = position) -> Expert:
+            return replace(expert, changes=(*expert.changes[:position], new, *expert.changes[position + 1 :]))
+
+        match change:
+            case Masked(rule=rule, values=torch.Tensor() as values):
+                yield "a masked value", other(replace(change, values=values * 2))
+                yield "a masked dtype", other(replace(change, values=values.half()))
+                yield "an order", other(replace(change, rule=replace(rule, order="largest")))
+                yield "a seed", other(replace(change, rule=replace(rule, seed=1)))
+                yield "a mask's tensors", other(replace(change, rule=replace(rule, names=rule.names[:-1])))
+                yield "a form", other(replace(change, values=ternary_of(random_levels((70,), 0.6))))
+            case Folded(transposed=True):
+                yield "an activation", other(replace(change, activation="identity"))
+                yield "a fold's scale", other(replace(change, scale=2.0))
+                yield "a fold's axis", other(replace(change, transposed=False))
+                yield "D", other(replace(change, D=change.D + 1))
+                yield "U", other(replace(change, U=change.U + 1))
+            case Set(scales=torch.Tensor() as scales):
+                yield "a scale of a row", other(replace(change, scales=scales * 2))
+                yield "no scales", other(replace(change, scales=None))
+                yield "a level of the head", other(replace(change, value=-change.value))
+
+
+def test_the_content_digest_follows_what_training_left() -> None:
+    expert = trained()
+    digests = {"itself": expert.content_digest} | {name: other.content_digest for name, other in trained_variants(expert)}
+    assert len(set(digests.values())) == len(digests) == 15
+
+
 def test_the_content_digest_follows_the_content() -> None:
     expert = of_every_kind()
     digests = {"itself": expert.content_digest}
@@ -417,6 +553,15 @@ def specified_content_digest(raw: bytes) -> str:
     def shape(of: NDArray[Any]) -> None:
         out.extend(struct.pack(f"<B{of.ndim}Q", of.ndim, *of.shape))
 
+    def spelling(name: str) -> str:
+        code = dtypes[name]
+        return "bool" if code == "BOOL" else spelled[code[0]] + code.lstrip("FBIU")
+
+    def exact(name: str, of: NDArray[Any]) -> None:
+        string(spelling(name))
+        shape(of)
+        out.extend(of.tobytes())
+
     string("sterna content 1", read["method"], read["source"], read["base"]["fingerprint"])
     for name, several in changes.items():
         for change in several:
@@ -427,11 +572,23 @@ def specified_content_digest(raw: bytes) -> str:
                 case "multiply", _, axis, bias, _:
                     out.append(axis)
                     string(bias or "")
-                case "set", role, first_row, value:
-                    code = dtypes[name]
-                    string(role, "bool" if code == "BOOL" else spelled[code[0]] + code.lstrip("FBIU"))
+                case "set", role, first_row, scales, value:
+                    string(role, spelling(name))
                     shape(value)
-                    out += struct.pack("<Q", first_row) + value.tobytes()
+                    out += struct.pack("<QB", first_row, scales is not None) + value.tobytes()
+                    out += scales.tobytes() if scales is not None else b""
+                case "masked", order, seed, eligible, values:
+                    string(order)
+                    ternary = isinstance(values, tuple)
+                    out += struct.pack("<3QB", seed, (values[0] if ternary else values).size, len(eligible), ternary)
+                    string(*eligible)
+                    if not ternary:
+                        exact("sterna.values", values)
+                case "folded", activation, transposed, scale, D, U:
+                    string(activation)
+                    out += struct.pack("<dB", scale, transposed)
+                    exact(f"{name}.D", D)
+                    exact(f"{name}.U", U)
             for levels, scale in (item for item in change if isinstance(item, tuple)):
                 shape(levels)
                 positions = np.flatnonzero(levels)
@@ -441,7 +598,7 @@ def specified_content_digest(raw: bytes) -> str:
 
 
 def test_the_content_digest_is_the_specified_one() -> None:
-    for expert in (of_every_kind(), sterna.compress(*pair(torch.float16), scope="tensor")):
+    for expert in (of_every_kind(), trained(), trained(ternary=True), sterna.compress(*pair(torch.float16), scope="tensor")):
         assert expert.content_digest == specified_content_digest(bytes_of(expert))
 
 

@@ -32,7 +32,7 @@ from hostile.guard import Guarded
 from hostile.mutate import Seed, mutated
 from sterna.codings import CHUNK
 from sterna.errors import InvalidArgument, InvalidFile, SternaError
-from sterna.expert.changes import Add, Change, Factors, Multiply, Set
+from sterna.expert.changes import Add, Change, Factors, Masked, MaskRule, Multiply, Set
 from sterna.expert.container import parse
 from sterna.expert.expert import Expert
 from sterna.expert.file import file_pieces, from_bytes, from_container
@@ -141,6 +141,10 @@ def compared(file: bytes, expert: Expert) -> None:
     for ternary, (levels, scale) in zip(expert.ternaries, read, strict=True):
         assert np.array_equal(ternary.levels(), levels)
         assert ternary.scale == scale
+    for change in expert.changes:
+        if isinstance(change, Masked):
+            kind, order, seed, eligible, _ = changes[change.name][0]
+            assert (kind, MaskRule(order, change.rule.count, tuple(eligible), seed)) == ("masked", change.rule)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory and guards it as Linux does")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-ADD, FACTORS, MULTIPLY, SET = range(4)
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+ADD, FACTORS, MULTIPLY, SET, MASKED, FOLDED = range(6)
 CHUNK = 1 << 20
 
 
@@ -229,6 +229,12 @@ def facts(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (whole | changes).items() if value is not None}
 
 
+def exact_facts(**changes: Any) -> dict[str, Any]:
+    """Sound facts of an expert that PaFi trained, its values exact."""
+    told = {"rule": 1, "order": "smallest"}
+    return facts(**({"method": "exact", "source": "pafi", "density": None, "alpha": None, "scale": None, "mask": told} | changes))
+
+
 def plain() -> Draft:
     """Two added tensors: one of two blocks (b = 1 and tripled), one of 12 entries of which 3 are not zero."""
     levels = {5: 1, 6: -1, 700: 1, 4095: -1, 4096: -1, 4999: 1}
@@ -271,6 +277,40 @@ def kinds() -> Draft:
     return Draft(facts(source="lora", config={"num_beams": 4}), names, [(4, 5), (6,), (2, 7), (5, 2), (900, 10)], rows, exact)
 
 
+def mask(order: int, count: int, chosen: Sequence[int], names: int, *, seed: int = 0, form: int = 0) -> bytes:
+    """The fields of a masked row over the tensors of those numbers, counted from 0."""
+    bits = sum(1 << number for number in chosen)
+    return varint(order, count, seed) + bits.to_bytes((names + 7) // 8, "little") + varint(form)
+
+
+def trained() -> Draft:
+    """What PaFi and HiWi leave: masked values, a folded weight, a tuned bias, a head in 8 bit."""
+    names = [f"layer.{i}.{name}" for i in range(5) for name in ("bias", "weight")]
+    rows = [
+        Row(SET, 1, fields=varint(5, 0)),
+        Row(FOLDED, 2, fields=varint(1 | 4) + struct.pack("<d", 0.5)),
+        Row(MASKED, 3, fields=mask(0, 6, [2, 4, 9], 10)),
+        Row(SET, 0, "score.weight", varint(0, 1)),
+    ]
+    exact: list[Tensor] = [
+        ("layer.0.weight.D", "F32", [3, 2], struct.pack("<6f", *range(6))),
+        ("layer.0.weight.U", "F32", [2, 3], struct.pack("<6f", *range(6))),
+        ("score.weight.scales", "F32", [2], struct.pack("<2f", 0.5, 0.0)),
+        ("layer.0.bias", "BF16", [3], bytes(6)),
+        ("sterna.values", "F16", [6], struct.pack("<6e", *range(6))),
+        ("score.weight", "I8", [2, 3], bytes(range(6))),
+    ]
+    return Draft(exact_facts(), names, [], rows, exact)
+
+
+def masked() -> Draft:
+    """A masked row of levels, of a random mask."""
+    levels = Levels(0, stream(70, {p: 1 if p % 3 else -1 for p in range(0, 70, 2)}, parameter=0))
+    rows = [Row(MASKED, 1, fields=mask(2, 70, range(3), 3, seed=(1 << 53) - 1, form=1), levels=[levels])]
+    told = {"rule": 1, "order": "random", "seed": (1 << 53) - 1, "density": 0.25}
+    return Draft(facts(source="pafi", mask=told, tuning={"method": "pafi"}), ["a", "b", "c"], [(70,)], rows)
+
+
 def nothing() -> Draft:
     """An expert without a change, of a base without a tensor."""
     return Draft(facts(), [], [], [])
@@ -287,4 +327,12 @@ def edges() -> Draft:
     return Draft(facts(), names, [(), (3, 0), (CHUNK + 9,)], rows)
 
 
-SPECIMENS: dict[str, Callable[[], Draft]] = {"plain": plain, "scaled": scaled, "kinds": kinds, "nothing": nothing, "edges": edges}
+SPECIMENS: dict[str, Callable[[], Draft]] = {
+    "plain": plain,
+    "scaled": scaled,
+    "kinds": kinds,
+    "nothing": nothing,
+    "edges": edges,
+    "trained": trained,
+    "masked": masked,
+}

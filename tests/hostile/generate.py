@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import struct
 import sys
@@ -23,6 +24,9 @@ from hostile.craft import (
     ADD,
     CHUNK,
     FACTORS,
+    FOLDED,
+    ITEM_BYTES,
+    MASKED,
     MULTIPLY,
     SET,
     Draft,
@@ -31,10 +35,13 @@ from hostile.craft import (
     block,
     compact,
     edges,
+    exact_facts,
     facts,
     framed,
     header_of,
     kinds,
+    mask,
+    masked,
     name_table,
     packed,
     plain,
@@ -43,6 +50,7 @@ from hostile.craft import (
     shape_table,
     stream,
     text,
+    trained,
     varint,
 )
 
@@ -59,6 +67,7 @@ def cases() -> Iterator[Case]:
     yield from facts_json()
     yield from tables()
     yield from changes()
+    yield from training()
     yield from indices()
     yield from planes_cases()
     yield from too_large()
@@ -338,7 +347,7 @@ def changes() -> Iterator[Case]:
         return rows(name, phrase, Row(ADD, 1, levels=[levels]), **pieces)
 
     tensorwise = {"facts": scaled().facts}
-    yield rows("kind_unknown", "kind of change is 4", Row(4, 1, levels=[small]))
+    yield rows("kind_unknown", "kind of change is 6", Row(6, 1, levels=[small]))
     yield rows("kind_huge", "kind of change is 127", Row(127, 1, levels=[small]))
     yield rows("name_out_of_range", "name is 4", Row(ADD, 4, levels=[small]))
     yield rows("name_path", "is a path", Row(ADD, 0, "../../x", levels=[small]))
@@ -395,14 +404,120 @@ def changes() -> Iterator[Case]:
     yield rows("bias_and_row", "biases are changed twice", multiply(1, varint(0, 1) + key + text("a.1.b")), Row(ADD, 2, levels=[small]))
 
     head = ("head", "F32", [2], bytes(8))
-    yield rows("role_unknown", "role is 5", Row(SET, 0, "head", varint(5, 0)), exact=[head])
-    yield rows("first_row_of_head", "first row is 3", Row(SET, 0, "head", varint(0, 3)), exact=[head])
+    yield rows("role_unknown", "role is 6", Row(SET, 0, "head", varint(6, 0)), exact=[head])
+    yield rows("first_row_of_head", "flag of scales is 3", Row(SET, 0, "head", varint(0, 3)), exact=[head])
     yield rows("first_row_huge", "first row is", Row(SET, 0, "head", varint(2, 1 << 50)), exact=[head])
     yield rows("exact_missing", "exact tensor 'head' that the file lacks", Row(SET, 0, "head", varint(0, 0)))
     yield rows("exact_is_table", "exact tensor 'sterna.table' that the file lacks", Row(SET, 0, "sterna.table", varint(0, 0)))
     yield rows("exact_path", "is a path", Row(SET, 0, "../../x", varint(0, 0)), exact=[("../../x", "F32", [2], bytes(8))])
     yield rows("exact_bool", "neither 0 nor 1", Row(SET, 0, "head", varint(0, 0)), exact=[("head", "BOOL", [3], bytes([0, 1, 2]))])
     yield rows("set_twice", "exact tensor 'head' that the file lacks", *[Row(SET, 0, "head", varint(0, 0))] * 2, exact=[head])
+
+
+def training() -> Iterator[Case]:
+    """The rows and facts of PaFi and HiWi."""
+    draft, ternary = trained(), masked()
+    tuned, fold, values, head = draft.rows
+    own = {"tuned": "layer.0.bias", "fold": "layer.0.weight.", "values": "sterna.values", "head": "score.weight"}
+    chosen = [2, 4, 9]
+
+    def case(name: str, phrase: str, rows: dict[str, Row], exact: dict[str, tuple[str, list[int]] | None] | None = None, **pieces: Any) -> Case:
+        """A file of those rows and the exact tensors that belong to them, some replaced by zeros of another kind, or left out."""
+        tensors = {tensor[0]: tensor for tensor in draft.exact if tensor[0].startswith(tuple(own[row] for row in rows))}
+        for listed, instead in (exact or {}).items():
+            tensors.pop(listed, None)
+            if instead is not None:
+                tensors[listed] = (listed, *instead, bytes(ITEM_BYTES[instead[0]] * math.prod(instead[1])))
+        told = exact_facts() if "values" in rows else exact_facts(mask=None)
+        return name, phrase, draft.but(**({"facts": told} | pieces), rows=list(rows.values()), exact=list(tensors.values())).file()
+
+    def masks(name: str, phrase: str, fields: bytes, values: tuple[str, list[int]] | None = ("F16", [6]), row: tuple[int, str] = (3, "")) -> Case:
+        return case(f"masked_{name}", phrase, {"values": Row(MASKED, *row, fields=fields)}, {"sterna.values": values})
+
+    yield masks("order_3", "order is 3", mask(3, 6, chosen, 10))
+    yield masks("count_2_50", "count is", mask(0, 1 << 50, chosen, 10))
+    yield masks("count_2_40", "expected 1099511627776 (1 or more)", mask(0, 1 << 40, chosen, 10))
+    yield masks("count_0", "expected 0 (1 or more)", mask(0, 0, chosen, 10), ("F16", [0]))
+    yield masks("count_of_values", "expected 7 (1 or more)", mask(0, 7, chosen, 10))
+    yield masks("values_2_axes", "has torch.float16 values of shape (2, 3)", mask(0, 6, chosen, 10), ("F16", [2, 3]))
+    yield masks("values_double", "has torch.float64 values", mask(0, 6, chosen, 10), ("F64", [6]))
+    yield masks("values_missing", "'sterna.values' that the file lacks", mask(0, 6, chosen, 10), None)
+    yield masks("seed_2_53", "seed is 9007199254740992", mask(0, 6, chosen, 10, seed=1 << 53))
+    yield masks("seed_differs", "in the facts", mask(0, 6, chosen, 10, seed=1))
+    yield masks("order_differs", "in the facts", mask(1, 6, chosen, 10))
+    yield masks("names_none", "mask begins with None", mask(0, 6, [], 10))
+    yield masks("names_begin_elsewhere", "mask begins with 'layer.0.bias'", mask(0, 6, [0, 2], 10))
+    yield masks("names_beyond", "mask names tensors beyond the last", mask(0, 6, [2, 12], 10))
+    yield masks("names_cut", "the table ends early", varint(0, 6, 0) + b"\4")
+    yield masks("form_2", "form is 2", mask(0, 6, chosen, 10, form=2))
+    yield masks("without_base", "not a tensor of the base", mask(0, 6, chosen, 10), row=(0, "layer.1.bias"))
+    over = {"values": Row(MASKED, 1, fields=mask(0, 6, [0, 1], 10)), "fold": fold}
+    yield case("masked_over_a_folded", "mask lies over a tensor", over)
+    yield case("masked_needs_its_base", "difference to the base", {"values": values})
+    seed = (1 << 53) - 1
+    levels = ternary.rows[0].levels
+    more = Row(MASKED, 1, fields=mask(2, 71, range(3), 3, seed=seed, form=1), levels=levels)
+    yield "masked_count_of_levels", "has levels of shape (70,); expected 71", ternary.but(rows=[more]).file()
+    twice = [Row(MASKED, i + 1, fields=mask(2, 70, [i], 3, seed=seed, form=1), levels=levels) for i in range(2)]
+    yield "masked_twice", "masks are more than one", ternary.but(rows=twice).file()
+    yield "masked_levels_need_their_base", "difference to the base", ternary.file()
+
+    def folds(name: str, phrase: str, flags: int = 5, scale: float = 0.5, number: int = 2, **exact: tuple[str, list[int]] | None) -> Case:
+        row = Row(FOLDED, number, "layer.0.weight", varint(flags) + struct.pack("<d", scale))
+        return case(f"folded_{name}", phrase, {"fold": row}, {f"layer.0.weight.{part}": of for part, of in exact.items()})
+
+    shapes = "expected [n, r] and [r, n]"
+    yield folds("flags_3", "an activation of that number is not known", flags=3)
+    yield folds("flags_8", "flags is 8", flags=8)
+    yield folds("scale_nan", "scale is nan", scale=float("nan"))
+    yield folds("ranks_differ", shapes, D=("F32", [3, 3]))
+    yield folds("three_axes", shapes, D=("F32", [3, 2, 1]))
+    yield folds("empty", shapes, D=("F32", [3, 0]), U=("F32", [0, 3]))
+    yield folds("integers", shapes, D=("I32", [3, 2]))
+    yield folds("missing", "'layer.0.weight.U' that the file lacks", U=None)
+    yield folds("without_base", "not a tensor of the base", number=0)
+    yield case("folded_needs_its_base", "difference to the base", {"fold": fold})
+
+    def heads(name: str, phrase: str, fields: bytes = varint(0, 1), **exact: tuple[str, list[int]] | None) -> Case:
+        named = {"score.weight" + {"value": "", "scales": ".scales"}[part]: of for part, of in exact.items()}
+        return case(f"head_{name}", phrase, {"head": Row(SET, 0, "score.weight", fields)}, named)
+
+    yield heads("flag_2", "flag of scales is 2", varint(0, 2))
+    yield heads("scales_of_a_buffer", "flag of scales is 1", varint(1, 1))
+    yield heads("scales_missing", "'score.weight.scales' that the file lacks", scales=None)
+    yield heads("scales_unasked", "does not tell of: 'score.weight.scales'", varint(0, 0))
+    yield heads("scales_3", "2 finite float32 numbers", scales=("F32", [3]))
+    yield heads("scales_half", "2 finite float32 numbers", scales=("F16", [2]))
+    yield heads("of_words", "expected an int8 head", value=("I32", [2, 3]))
+    yield heads("scalar", "expected an int8 head", value=("I8", []))
+    nan = ("score.weight.scales", "F32", [2], struct.pack("<2f", 1.0, float("nan")))
+    exact = [nan, next(tensor for tensor in draft.exact if tensor[0] == "score.weight")]
+    yield "head_scales_nan", "2 finite float32 numbers", draft.but(rows=[head], exact=exact, facts=exact_facts(mask=None)).file()
+    new = {"tuned": Row(SET, 0, "new", varint(5, 0))}
+    yield case("tuned_without_base", "not a tensor of the base", new, {"layer.0.bias": None, "new": ("F32", [3])})
+    yield case("tuned_needs_its_base", "difference to the base", {"tuned": tuned})
+
+    def told(name: str, phrase: str, **fields: Any) -> Case:
+        sound = {"rule": 1, "order": "smallest"} | fields
+        return facts_of(f"mask_{name}", phrase, mask={key: value for key, value in sound.items() if value is not None})
+
+    def facts_of(name: str, phrase: str, **fields: Any) -> Case:
+        return case(f"facts_{name}", phrase, {"values": values}, facts=exact_facts(**fields))
+
+    yield told("rule_2", "mask.rule is 2", rule=2)
+    yield told("rule_missing", "mask lacks the field 'rule'", rule=None)
+    yield told("rule_text", "rule is a str", rule="import os")
+    yield told("order_unknown", "mask.order is 'median'", order="median")
+    yield told("density_0", "mask.density is 0", density=0)
+    yield told("seed_negative", "mask.seed is -1", seed=-1)
+    yield told("unknown_field", "unknown field 'code'", code="x")
+    yield facts_of("mask_missing", "in the facts", mask=None)
+    yield "facts_mask_of_none", "in the facts", plain().but(facts=facts(mask={"rule": 1, "order": "random"})).file()
+    yield "facts_exact_levels", "method is 'exact', but it has levels", ternary.but(facts=exact_facts(mask=ternary.facts["mask"])).file()
+    yield facts_of("exact_density", "density is 0.5", density=0.5)
+    yield facts_of("exact_scale", "scale is 0.5", scale=0.5)
+    yield facts_of("tuning_code", "tuning is", tuning={"a": {"trust_remote_code": True}})
+    yield facts_of("tuning_text", "tuning is a str", tuning="hiwi")
 
 
 def of_stream(name: str, phrase: str, raw: bytes, entries: int = 12) -> Case:

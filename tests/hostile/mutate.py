@@ -130,7 +130,7 @@ def some_fact(seed: Seed, random: Random) -> bytes:
     """A field of the facts given junk, taken away or added."""
     facts = json.loads(seed.metadata)
     within = facts["base"] if random.random() < 0.3 else facts
-    keys = [*within, "config", "tokens", "adapter", "prefixes", "dropped", "excluded", "architecture", "revision", "new"]
+    keys = [*within, "config", "tokens", "adapter", "prefixes", "dropped", "excluded", "architecture", "revision", "mask", "tuning", "new"]
     key = random.choice(keys)
     if random.random() < 0.2:
         within.pop(key, None)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sterna.codings import CHUNK, I64, U8, U32, Blocks, Coding
+from sterna.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import torch
@@ -229,13 +230,19 @@ class Set:
 class MaskRule:
     """Which entries of a base PaFi trains: `count` of those of the tensors `names` (the base's, sorted), by `order`; see `sterna.mask`.
 
-    `seed` counts for the random order only, 0 to 2^53 - 1.
+    `seed` counts for the random order only, 0 to 2^53 - 1. Raises InvalidArgument for names that are not sorted and distinct.
     """
 
     order: Order
     count: int
     names: tuple[str, ...]
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.names or any(not first < second for first, second in pairwise(self.names)):
+            raise InvalidArgument(f"a mask is chosen from {list(self.names[:4])}; expected names of tensors, sorted and distinct")
+        if not 0 <= self.seed < 1 << 53:
+            raise InvalidArgument(f"a mask's seed is {self.seed}; expected an integer below 2^53, 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,9 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
         refuse_unwritable(change)
     if expert.facts.scope == "global" and any(np.float32(ternary.scale) != np.float32(expert.facts.scale) for ternary in expert.ternaries):
         raise InvalidArgument(f"an expert of scope 'global' has the scale {expert.facts.scale} in every tensor; scope 'tensor' lets them differ")
+    table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
     if fault := _contradiction(expert.facts, expert.changes):
         raise InvalidArgument(f"the expert's {fault}")
-    table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
     streams = [ternary.stream for ternary in expert.ternaries]
     exact = sorted((part for change in expert.changes for part in change.exact), key=lambda part: (-part[1].element_size(), part[0]))
     if len({name for name, _ in exact}) < len(exact):

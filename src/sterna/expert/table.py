@@ -77,8 +77,6 @@ def _refuse_unreadable(fingerprint: Fingerprint, changes: tuple[Change, ...]) ->
     if any(not first < second for first, second in pairwise(fingerprint.names)):
         raise InvalidArgument("the fingerprint's names are not sorted and distinct")
     for change in changes:
-        if isinstance(change, Masked) and not change.rule.names:
-            raise InvalidArgument("the expert's mask names no tensor")
         if fault := _change_fault(change):
             raise InvalidArgument(f"the expert's change of {change.name} {fault}")
     of_base = [name for change in changes if _is_of_base(change) for name in touched(change)]
