@@ -49,10 +49,16 @@ def _matching(what: str, patterns: Sequence[str], names: Collection[str]) -> lis
     for pattern in patterns:
         hits = fnmatch.filter(names, pattern)
         if not hits:
-            alike = near(pattern, names) or sorted(names)[:3]
-            raise InvalidArgument(f"{what} pattern {pattern!r} matches no tensor; near names: {', '.join(alike)}")
+            raise InvalidArgument(f"{what} pattern {pattern!r} matches no tensor; near names: {', '.join(_alike(pattern, names))}")
         found += hits
     return found
+
+
+def _alike(pattern: str, names: Collection[str]) -> list[str]:
+    """Names with a part that looks like what the pattern spells out, else the first few."""
+    of_part = {part: name for name in sorted(names, reverse=True) for part in name.split(".")}
+    spelled = max(pattern.replace("*", ".").split("."), key=len)
+    return [of_part[part] for part in near(spelled, of_part)] or sorted(names)[:3]
 
 
 @dataclass(frozen=True, slots=True)
