@@ -303,3 +303,8 @@ def touched(change: Change) -> tuple[str, ...]:
     if isinstance(change, Multiply) and change.bias is not None:
         return (change.name, change.bias)
     return (change.name,)
+
+
+def is_tuned(change: Change) -> bool:
+    """Whether a change is what training in place left of tensors that the base has: what can be made ternary."""
+    return isinstance(change, Masked | Folded) or (isinstance(change, Set) and change.role == "tuned")

@@ -16,7 +16,23 @@ import torch
 
 from sterna.codings import U8, by_number
 from sterna.errors import InvalidArgument, InvalidFile
-from sterna.expert.changes import VALUES, Activation, Add, Change, Factors, Folded, Masked, MaskRule, Multiply, Order, Role, Set, Ternary, touched
+from sterna.expert.changes import (
+    VALUES,
+    Activation,
+    Add,
+    Change,
+    Factors,
+    Folded,
+    Masked,
+    MaskRule,
+    Multiply,
+    Order,
+    Role,
+    Set,
+    Ternary,
+    is_tuned,
+    touched,
+)
 from sterna.fingerprint import SHORT, Fingerprint
 
 MAX_NAMES = 1 << 18
@@ -79,7 +95,7 @@ def _refuse_unreadable(fingerprint: Fingerprint, changes: tuple[Change, ...]) ->
     for change in changes:
         if fault := _change_fault(change):
             raise InvalidArgument(f"the expert's change of {change.name} {fault}")
-    of_base = [name for change in changes if _is_of_base(change) for name in touched(change)]
+    of_base = [name for change in changes if is_tuned(change) for name in touched(change)]
     if lost := set(of_base) - set(fingerprint.names):
         raise InvalidArgument(f"the expert tunes {min(lost)!r}, which its base's fingerprint does not name")
     if fault := _rows_fault(changes):
@@ -258,10 +274,6 @@ def read_table(
 def _extent(shape: tuple[int, ...]) -> int:
     """Entries of a shape, had it no empty axis: strides are made of all of them."""
     return math.prod(max(dimension, 1) for dimension in shape)
-
-
-def _is_of_base(change: Change) -> bool:
-    return isinstance(change, Masked | Folded) or (isinstance(change, Set) and change.role == "tuned")
 
 
 def _change_fault(change: Change) -> str | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongModel
-from sterna.expert.changes import Add, Change, Factors, Folded, Masked, Multiply, Set, touched
+from sterna.expert.changes import Add, Change, Factors, Folded, Masked, Multiply, Set, is_tuned, touched
 from sterna.expert.expert import Expert, folded_shape, new_value, refuse_count
 from sterna.fingerprint import LiveDigests, combine, require_base
 from sterna.live.head import Configure, Replace
@@ -286,7 +286,7 @@ def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> 
     tuned_prefix = expert.facts.prefixes[1]
     for change in expert.changes:
         for name in touched(change):
-            slot = live.of_base.get(name) if _of_base(change) else live.find(name, tuned_prefix)
+            slot = live.of_base.get(name) if is_tuned(change) else live.find(name, tuned_prefix)
             if slot is None:
                 missing.append(name)
                 continue
@@ -302,16 +302,11 @@ def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> 
     return found
 
 
-def _of_base(change: Change) -> bool:
-    """Whether the change is one of tensors that the base is known to have, and that were held against its fingerprint."""
-    return isinstance(change, Masked | Folded) or (isinstance(change, Set) and change.role == "tuned")
-
-
 def _refuse_ties(expert: Expert, slots: Mapping[str, Slot]) -> None:
     """Raise WrongModel where one live tensor would be changed twice, under two names."""
     first: dict[int, str] = {}
     for change in expert.changes:
-        for name in touched(change) if isinstance(change, Add) or _of_base(change) else ():
+        for name in touched(change) if isinstance(change, Add) or is_tuned(change) else ():
             other = first.setdefault(id(slots[name].tensor), name)
             if other != name:
                 raise WrongModel(f"the model ties {other} and {name}, which the expert's base holds apart: load it with tie_word_embeddings=False")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sterna.errors import InvalidArgument, PairingError
-from sterna.expert.changes import Add, Change, Folded, Masked, Set, Ternary
+from sterna.expert.changes import Add, Change, Folded, Masked, Set, Ternary, is_tuned
 from sterna.expert.container import is_expert
 from sterna.expert.expert import Expert, folded_update, refuse_count, refuse_shape
 from sterna.expert.file import load
@@ -38,7 +38,7 @@ def trained(base: Checkpoint, expert: Expert, exclude: Sequence[str], progress: 
     if exclude:
         raise InvalidArgument("exclude does not apply to an expert: tell the training what to tune instead")
     own, _, _ = require_checkpoint(expert, base, False, progress)
-    tuned = [change for change in expert.changes if _is_tuned(change)]
+    tuned = [change for change in expert.changes if is_tuned(change)]
     if not tuned:
         raise PairingError("the expert tunes nothing that could be compressed")
 
@@ -62,12 +62,8 @@ def trained(base: Checkpoint, expert: Expert, exclude: Sequence[str], progress: 
             Masked(change.rule, coded) if isinstance(change, Masked) else Add(change.name, coded) for change, coded in zip(tuned, levels, strict=True)
         ]
 
-    kept = [change for change in expert.changes if isinstance(change, Set) and not _is_tuned(change)]
+    kept = [change for change in expert.changes if isinstance(change, Set) and not is_tuned(change)]
     return TaskVector(expert.facts.source, [piece(change) for change in tuned], changes, kept)
-
-
-def _is_tuned(change: Change) -> bool:
-    return isinstance(change, Masked | Folded) or (isinstance(change, Set) and change.role == "tuned")
 
 
 def _masked(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> Piece:
