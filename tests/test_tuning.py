@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import MODELS, answer, bert_classifier, inputs_for, made, same_state, state_of
 from torch import nn
 
 import sterna
+from models import MODELS, answer, bert_classifier, inputs_for, made, same_state, state_of
 from sterna.errors import AlreadyAttached, AlreadyTuned, InvalidArgument, InvalidFile, TuningError, Unsupported, WrongBase
 from sterna.tuning.eligible import feed_forward
 from sterna.tuning.parts import Adapter, Entries
@@ -144,7 +144,7 @@ def test_masked_gradients_are_the_dense_ones_at_the_mask(name: str, kind: str) -
     plain = made(name)
     loss_of(plain).backward()
     dense = {id(p): p.grad for p in plain.parameters()}
-    places = {path: p for path, p in plain.named_parameters(remove_duplicate=False)}
+    places = dict(plain.named_parameters(remove_duplicate=False))
     model, tuning = tuned(name, METHODS[kind])
     loss_of(model).backward()
     for part in tuning.parts:
@@ -390,7 +390,8 @@ def test_buffers_that_moved_go_with_the_expert() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
 def test_a_finished_model_exports_as_its_base_does(name: str, method: Any) -> None:
     def graph(model: nn.Module) -> str:
-        return str(torch.export.export(model, (), kwargs={**inputs_for(model), **({"use_cache": False} if name == "gpt2" else {})}, strict=False).graph)
+        asked = {**inputs_for(model), **({"use_cache": False} if name == "gpt2" else {})}
+        return str(torch.export.export(model, (), kwargs=asked, strict=False).graph)
 
     plain = graph(made(name))
     model, tuning = tuned(name, method)
@@ -421,7 +422,7 @@ def test_a_checkpoint_holds_the_values_and_goes_on_to_the_bit(tmp_path: Path, me
 
 
 def test_a_checkpoint_of_another_tuning_is_refused_whole(tmp_path: Path) -> None:
-    model, tuning = tuned("bert", PAFI)
+    _, tuning = tuned("bert", PAFI)
     tuning.save(tmp_path / "tuning.safetensors")
     other, again = tuned("bert", sterna.PaFi(density=0.1))
     before = state_of(other)
@@ -567,7 +568,7 @@ def family(name: str) -> nn.Module:
 def test_feed_forward_layers_are_found_by_architecture(name: str, count: int) -> None:
     """As many as the blocks have, each 16 wide on the side that is said, and 24 on the other."""
     model = family(name)
-    weights = {path: p for path, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
     found = feed_forward(weights, None)
     assert len(found) == count
     for layer in found:
