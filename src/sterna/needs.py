@@ -33,8 +33,10 @@ def check_needs() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' log lines and progress bars and the libraries' warnings inside, and put everything back after."""
+    """Silence log lines, transformers' progress bars and the libraries' warnings inside, and put everything back after."""
     messages: ModuleType = needed("transformers.utils.logging")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     messages.set_verbosity(logging.CRITICAL)
     messages.disable_progress_bar()
@@ -43,6 +45,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(disabled)
         messages.set_verbosity(level)
         if bars:
             messages.enable_progress_bar()

@@ -7,8 +7,9 @@ import sys
 import typer
 
 from sterna import __version__
-from sterna.commands import apply, compress, demo, inspect, verify
+from sterna.commands import apply, compress, demo, inspect, train, verify
 from sterna.errors import SternaError
+from sterna.training.errors import Interrupted, InvalidConfig
 
 app = typer.Typer(
     name="sterna",
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (compress, inspect, verify, apply, demo):
+for module in (train, compress, inspect, verify, apply, demo):
     app.command()(getattr(module, module.__name__.rpartition(".")[2]))
 
 
@@ -33,9 +34,16 @@ def _options(version: bool = typer.Option(False, "--version", callback=_version,
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line; a user's mistake is one line on stderr (a faulty config: one for each fault) and exit code 2."""
     try:
         app()
+    except InvalidConfig as error:
+        for fault in error.faults:
+            print(f"sterna: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as error:
+        print(f"sterna: {error}", file=sys.stderr)
+        sys.exit(130)
     except SternaError as error:
         print(f"sterna: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -244,7 +244,7 @@ def _near(path: Sequence[str], fields: Mapping[str, Sequence[str]]) -> str:
     """Where the field may have been meant: fields of like name in its section, or of this name in another."""
     section, name = ("", path[0]) if len(path) == 1 else (path[0], path[-1])
     here = fields.get(section, [])
-    alike = [f"{section}.{field}" if section else field for field in difflib.get_close_matches(name, here, n=3, cutoff=0.6)]
+    alike = [f"{section}.{field}" if section else field for field in difflib.get_close_matches(name, here, n=2, cutoff=0.7)]
     elsewhere = [f"{where}.{name}" if where else name for where, names in fields.items() if name in names and where != section]
     meant = " or ".join([*alike, *elsewhere])
     return f"; did you mean {meant}?" if meant else f"; the fields here are {', '.join(here)}"
@@ -296,6 +296,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InvalidConfig((f"{path.name}: expected fields with values (model: ..., data: ...), not a {type(raw).__name__}",))
     return raw
+
+
+def value_of(text: str) -> Any:
+    """What a value means where it stands in YAML; text that is no YAML stands for itself."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
 
 
 def merged(raw: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

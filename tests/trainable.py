@@ -1,0 +1,64 @@
+"""Tiny models with a tokenizer of their own, saved as folders, and tiny data for each task."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+
+import models
+
+WORDS = [f"w{i}" for i in range(34)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
+
+
+def tokenizer(kind: str) -> Any:
+    """Whole words; an encoder's adds [CLS] and [SEP], a T5's the end of text."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    template = tokenizers.processors.TemplateProcessing
+    if kind == "bert":
+        pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+        made.post_processor = template(single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    elif kind == "t5":
+        made.post_processor = template(single="$A [EOS]", special_tokens=[("[EOS]", 4)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[EOS]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """A bare encoder ("bert"), a causal LM ("llama") or a T5 ("t5"), with weights of a seed, and its tokenizer."""
+    torch.manual_seed(0)
+    model: Any = {"bert": models.bert_encoder, "llama": models.llama, "t5": models.t5}[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) / 16)
+    model.save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts whose words tell the label (a or b), the score (how many words come from the first half) and the target (the first word)."""
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        label = "ab"[i % 2]
+        words = draw.choices(WORDS[:12] if label == "a" else WORDS[10:24], k=6)
+        early = sum(WORDS.index(word) < 12 for word in words)
+        found.append({"text": " ".join(words), "other": " ".join(words[:2]), "label": label, "rating": f"{early / 6:.3f}", "summary": words[0]})
+    return found
+
+
+def save_csv(path: Path, count: int, seed: int = 0) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "other", "label", "rating", "summary"])
+        writer.writeheader()
+        writer.writerows(rows(count, seed))
+    return path
