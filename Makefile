@@ -31,7 +31,7 @@ assets: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip torch
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,train,dev]'
 	touch $(STAMP)
 
 clean:
