@@ -60,6 +60,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model on your rows and write what it learned as an expert. The same command goes on where it was interrupted."""
+    from sterna.needs import needed
+
+    for package in ("pydantic", "yaml"):
+        needed(package, "sterna[train]")
     from sterna.training.config import merged, read_yaml
     from sterna.training.errors import Interrupted
     from sterna.training.run import train as run

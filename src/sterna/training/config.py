@@ -13,8 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from sterna.errors import NotFound
 from sterna.training.errors import Faults, InvalidConfig
+from sterna.training.tasks import TaskName
 
-TaskName = Literal["classification", "regression", "causal-lm", "seq2seq"]
 OWN_METHODS = ("pafi", "hiwi", "full", "head")
 Values = Literal["exact", "fp32", "fp16", "bf16", "ternary"]
 Fraction = Annotated[float, Field(gt=0, le=1)]

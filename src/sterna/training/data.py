@@ -15,9 +15,10 @@ from typing import Any
 
 from sterna.errors import InvalidArgument, InvalidFile, SternaError
 from sterna.sources.names import near
-from sterna.training.config import Data, TaskName
+from sterna.training.config import Data
 from sterna.training.errors import Faults
 from sterna.training.tables import Table, listed, load_table
+from sterna.training.tasks import TaskName
 
 TEXTS = ("text", "sentence", "content", "document", "dialogue", "article", "review", "message", "input", "source", "question", "prompt")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"), ("question", "sentence"))

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sterna.needs import quiet
 from sterna.progress import Progress, silent
 from sterna.training import metrics
-from sterna.training.config import TaskName
 from sterna.training.data import Examples
+from sterna.training.tasks import TaskName
 from sterna.training.tokens import IGNORED, Lengths, batches, tokenized
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sterna.needs import needed
-from sterna.training.config import TaskName
+from sterna.training.tasks import TaskName
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]

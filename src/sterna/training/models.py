@@ -13,7 +13,7 @@ import torch
 from sterna.errors import InvalidFile, SternaError
 from sterna.needs import needed, quiet
 from sterna.sources.checkpoint import resolve
-from sterna.training.config import TaskName
+from sterna.training.tasks import TaskName
 
 CLASSES: dict[TaskName, tuple[str, str]] = {
     "classification": ("AutoModelForSequenceClassification", "a sequence classifier"),

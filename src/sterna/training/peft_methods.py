@@ -13,9 +13,10 @@ from sterna.errors import InvalidArgument, SternaError, Unsupported
 from sterna.needs import needed, quiet
 from sterna.sources.adapter import read_adapter
 from sterna.sources.names import near
-from sterna.training.config import OWN_METHODS, TaskName
+from sterna.training.config import OWN_METHODS
 from sterna.training.errors import Faults
 from sterna.training.models import first_line
+from sterna.training.tasks import TaskName
 
 TASK_TYPES: dict[TaskName, str] = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 OURS = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")

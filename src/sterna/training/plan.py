@@ -20,7 +20,6 @@ from sterna.training.config import (
     PaFiMethod,
     PeftMethod,
     PlainMethod,
-    TaskName,
     TrainingConfig,
     parse,
     read_yaml,
@@ -32,6 +31,7 @@ from sterna.training.methods import own_method
 from sterna.training.models import length_limit, load_settings, load_tokenizer, model_digest, model_folder
 from sterna.training.peft_methods import peft_config, peft_kind
 from sterna.training.runs import RunFolder, check_run, run_facts
+from sterna.training.tasks import TaskName
 from sterna.training.tokens import Lengths, Row, tokenized
 
 MAX_LENGTH: dict[TaskName, int] = {"classification": 128, "regression": 128, "causal-lm": 256, "seq2seq": 256}

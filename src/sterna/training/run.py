@@ -45,7 +45,9 @@ def train(
         MissingDependency: a package of the extra `train` is not installed.
         SternaError: the method does not fit the model, or a file could not be written.
     """
+    progress("preparing", 0, 1, "plans")
     plan = make_plan(config, restart=restart)
+    progress("preparing", 1, 1, "plans")
     for note in plan.notes:
         warn(note)
     begin_run(plan.run, plan.facts, plan.config, restart)

@@ -10,8 +10,8 @@ import torch
 
 from sterna.errors import InvalidArgument
 from sterna.needs import needed
-from sterna.training.config import TaskName
 from sterna.training.data import Examples
+from sterna.training.tasks import TaskName
 
 IGNORED = -100
 """The label of positions that no loss is taken at: padding, and what has no next token."""
