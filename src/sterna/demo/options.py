@@ -16,7 +16,7 @@ FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """`sterna demo` without arguments: the bundled encoder, 20 newsgroups fully fine-tuned, and a LoRA expert of election tweets.
+    """`sterna demo` without arguments: the bundled encoder, 20 newsgroups by full fine-tuning, PaFi and HiWi, and a LoRA expert of election tweets.
 
     `model` is a folder or hub id. With `data` (.csv, .tsv or .jsonl) both trainings are on that file; without `test_data` it is split 80/10/10.
     Row counts are upper limits. `quick` trains for about a minute on a few hundred texts: everything runs, the accuracies say little.
@@ -39,6 +39,8 @@ class DemoOptions:
     learning_rate: float = 5e-5
     lora_learning_rate: float = 1e-3
     lora_rank: int = 8
+    tuned_learning_rate: float = 1e-2
+    hiwi_rank: int = 16
     max_length: int = 64
     seed: int = 0
     repeats: int = 10
@@ -74,6 +76,7 @@ def checked(options: DemoOptions) -> DemoOptions:
             epochs=1,
             learning_rate=3 * options.learning_rate,  # few steps have to be long ones
             lora_learning_rate=3 * options.lora_learning_rate,
+            tuned_learning_rate=3 * options.tuned_learning_rate,
             repeats=min(options.repeats, 5),
             latency_pairs=min(options.latency_pairs, 4),
         )
@@ -89,7 +92,7 @@ def checked(options: DemoOptions) -> DemoOptions:
     for name, least in COUNTS.items():
         if getattr(options, name) < least:
             raise InvalidArgument(f"{name} is {getattr(options, name)}: it must be at least {least}")
-    for name in ("learning_rate", "lora_learning_rate"):
+    for name in ("learning_rate", "lora_learning_rate", "tuned_learning_rate"):
         if not 0 < getattr(options, name) < 1:
             raise InvalidArgument(f"{name} is {getattr(options, name)}: it must lie between 0 and 1")
     if options.test_data is not None and options.data is None:
@@ -105,6 +108,7 @@ COUNTS = {
     "epochs": 1,
     "batch": 1,
     "lora_rank": 1,
+    "hiwi_rank": 1,
     "max_length": 4,
     "seed": 0,
     "repeats": 1,

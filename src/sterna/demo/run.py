@@ -16,7 +16,7 @@ import torch
 import sterna
 from sterna.demo.assets import asset_path, cache_folder
 from sterna.demo.data import Split, Task, newsgroups, split_rows, tweets
-from sterna.demo.evaluation import counter, evaluate, longest, tokenized
+from sterna.demo.evaluation import Tokens, counter, evaluate, longest, tokenized
 from sterna.demo.models import load_classifier
 from sterna.demo.options import DemoOptions, checked
 from sterna.demo.report import DemoResult, LiveResult, TaskResult
@@ -25,6 +25,7 @@ from sterna.demo.subjects import full_subject, lora_subject
 from sterna.demo.tables import read_rows
 from sterna.demo.timing import latency, live_steps
 from sterna.demo.training import Recipe, load_lora, run_folder, train
+from sterna.demo.tunings import with_tunings
 from sterna.errors import CannotWrite
 from sterna.needs import check_needs, needed
 from sterna.progress import Progress, silent
@@ -52,9 +53,13 @@ def run_demo(options: DemoOptions | None = None, progress: Progress = silent) ->
     clock, tokenizer = Clock(), load_tokenizer(base)
     options = replace(options, max_length=length_limit(base, tokenizer, options.max_length))
     studies = [_study(task, recipe, base, tokenizer, cache, clock, progress) for task, recipe in zip(tasks, recipes_of(options), strict=True)]
+    tuned: dict[str, Path] = {
+        recipe.kind: _trained(tasks[0], recipe, base, tokenizer, studies[0].train, cache, clock, progress) for recipe in tuned_recipes_of(options)
+    }
     live = load_classifier(base, None, tokenizer)
     with clock("evaluation"):
         found = [findings(study, live, options, folder, progress) for study in studies]
+        found[0] = with_tunings(studies[0], live, found[0], tuned, folder, progress)
     with clock("live"):
         on_one_model = _live(load_classifier(base, None, tokenizer), studies, found, options, progress)
     return DemoResult(
@@ -83,6 +88,13 @@ def recipes_of(options: DemoOptions) -> tuple[Recipe, Recipe]:
     return full, replace(full, kind="lora", learning_rate=options.lora_learning_rate, rank=options.lora_rank)
 
 
+def tuned_recipes_of(options: DemoOptions) -> tuple[Recipe, Recipe]:
+    """PaFi and HiWi on the rows of the full fine-tune."""
+    full, _ = recipes_of(options)
+    pafi = replace(full, kind="pafi", learning_rate=options.tuned_learning_rate)
+    return pafi, replace(pafi, kind="hiwi", rank=options.hiwi_rank)
+
+
 @dataclass(frozen=True, slots=True)
 class Clock:
     """Seconds spent in each named stage."""
@@ -100,16 +112,22 @@ class Clock:
 
 def _study(task: Task, recipe: Recipe, base: Path, tokenizer: Any, cache: Path, clock: Clock, progress: Progress) -> Study:
     train_tokens, validation, test = (tokenized(tokenizer, split, recipe.max_length) for split in (task.train, task.validation, task.test))
-    folder = run_folder(recipe, base, task, cache / "demo" / "runs")
-    if not folder.is_dir():
-        with clock("training"):
-            step = counter(progress, f"training on {task.name}", recipe.epochs * len(train_tokens), "texts")
-            train(recipe, base, task, train_tokens, tokenizer, folder, step)
+    folder = _trained(task, recipe, base, tokenizer, train_tokens, cache, clock, progress)
     if recipe.kind == "full":
         subject = full_subject(load_classifier(folder, None, tokenizer), load_classifier(base, task.classes, tokenizer))
     else:
         subject = lora_subject(load_lora(base, folder, task, tokenizer))
     return Study(task.name, base, folder, subject, tokenizer, train_tokens, validation, test)
+
+
+def _trained(task: Task, recipe: Recipe, base: Path, tokenizer: Any, tokens: Tokens, cache: Path, clock: Clock, progress: Progress) -> Path:
+    """The folder of a training, done now where the cache lacks it."""
+    folder = run_folder(recipe, base, task, cache / "demo" / "runs")
+    if not folder.is_dir():
+        with clock("training"):
+            step = counter(progress, f"training on {task.name}, {recipe.kind}", recipe.epochs * len(tokens), "texts")
+            train(recipe, base, task, tokens, tokenizer, folder, step)
+    return folder
 
 
 def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], options: DemoOptions, progress: Progress) -> LiveResult:

@@ -36,11 +36,12 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The rows of the table, the files of the experts, and the one at the controls' density."""
+    """The rows of the table, the files of the experts, the one at the controls' density, and what the uncompressed model got right."""
 
     rows: tuple[Row, ...]
     files: tuple[Path, ...]
     expert: Path
+    uncompressed: Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,9 @@ def findings(study: Study, live: torch.nn.Module, options: DemoOptions, folder: 
     rows = _controls(scorer, full, chosen)
     if chosen.alpha != 1:
         plain = scorer.attached(_expert(study, chosen.density, 1.0), study.test)
-        rows.append(_row("ComPEFT with alpha 1", plain, full, density=chosen.density, alpha=1.0, **_sizes(chosen.size)))
-    rows += [_row("ComPEFT", one.score, full, density=one.density, alpha=one.alpha, **_sizes(one.size)) for one in made]
-    return Findings(tuple(rows), tuple(one.file for one in made), chosen.file)
+        rows.append(row_of("ComPEFT with alpha 1", plain, full, density=chosen.density, alpha=1.0, **_sizes(chosen.size)))
+    rows += [row_of("ComPEFT", one.score, full, density=one.density, alpha=one.alpha, **_sizes(one.size)) for one in made]
+    return Findings(tuple(rows), tuple(one.file for one in made), chosen.file, full)
 
 
 def _expert(study: Study, density: float, alpha: float) -> sterna.Expert:
@@ -116,15 +117,15 @@ def _controls(scorer: Scorer, full: Score, chosen: Made) -> list[Row]:
     study.subject.put(tau)
     return [
         Row("words alone", bag_of_words(study.tokenizer, study.train, study.test)),
-        _row("base alone", alone, full, bytes=size.exact),
-        _row("uncompressed", full, full, factor=1.0, **_dense_sizes(size, size.uncompressed, 16)),
-        _row("uncompressed with tuned scale", tuned, full, factor=factor, **_dense_sizes(size, size.uncompressed, 16)),
-        _row("prune only", pruned, full, density=density, factor=1.0, **_dense_sizes(size, size.pruned, size.pruned_bits)),
-        _row("STC with mean magnitude", sparse, full, density=density, alpha=mean_in_std(tau, density), **_sizes(size)),
+        row_of("base alone", alone, full, bytes=size.exact),
+        row_of("uncompressed", full, full, factor=1.0, **_dense_sizes(size, size.uncompressed, 16)),
+        row_of("uncompressed with tuned scale", tuned, full, factor=factor, **_dense_sizes(size, size.uncompressed, 16)),
+        row_of("prune only", pruned, full, density=density, factor=1.0, **_dense_sizes(size, size.pruned, size.pruned_bits)),
+        row_of("STC with mean magnitude", sparse, full, density=density, alpha=mean_in_std(tau, density), **_sizes(size)),
     ]
 
 
-def _row(method: str, score: Score, full: Score, **columns: Any) -> Row:
+def row_of(method: str, score: Score, full: Score, **columns: Any) -> Row:
     return Row(method, score.accuracy, None if score is full else paired_difference(score.right, full.right), **columns)
 
 

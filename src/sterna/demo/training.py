@@ -1,4 +1,4 @@
-"""The two trainings of the demo, by transformers' Trainer: everything, and LoRA through PEFT. Each is done once and kept in the cache."""
+"""The trainings of the demo, by transformers' Trainer: everything, LoRA through PEFT, PaFi and HiWi. Each is done once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from typing import Any, Literal
 
 import torch
 
+import sterna
 from sterna.demo.assets import settle
 from sterna.demo.data import Task
 from sterna.demo.evaluation import Tokens
 from sterna.demo.models import load_classifier
-from sterna.errors import CannotWrite, SternaError
+from sterna.errors import CannotWrite, SternaError, Unsupported
 from sterna.needs import needed, quiet
 from sterna.training.models import model_digest
+
+EXPERT = "expert.safetensors"
+PAFI_DENSITY = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one model is trained. `rank` counts for LoRA only; which modules get it is PEFT's default for the architecture."""
+    """How one model is trained. `rank` counts for LoRA, on the modules that are PEFT's default for the architecture, and for HiWi."""
 
-    kind: Literal["full", "lora"]
+    kind: Literal["full", "lora", "pafi", "hiwi"]
     learning_rate: float
     epochs: int = 3
     batch: int = 16
@@ -43,7 +47,7 @@ def training_key(recipe: Recipe, base: Path, task: Task) -> str:
 
 
 def run_folder(recipe: Recipe, base: Path, task: Task, runs: Path) -> Path:
-    """Where the training's result lies, or will lie: a model folder, or a PEFT adapter's."""
+    """Where the training's result lies, or will lie: a model folder, a PEFT adapter's, or one with the exact expert that was tuned."""
     return runs / f"{recipe.kind}-{training_key(recipe, base, task)}"
 
 
@@ -74,8 +78,11 @@ def _train(recipe: Recipe, base: Path, task: Task, tokens: Tokens, tokenizer: An
     with quiet():
         transformers.set_seed(recipe.seed)  # before the head is drawn
         model: Any = load_classifier(base, task.classes, tokenizer)
+        tuning = None
         if recipe.kind == "lora":
             model = with_lora(model, recipe.rank)
+        elif recipe.kind != "full":
+            tuning = tuned(model, recipe, base)
         arguments = transformers.TrainingArguments(
             output_dir=str(into.parent / "trainer"),
             num_train_epochs=recipe.epochs,
@@ -89,12 +96,27 @@ def _train(recipe: Recipe, base: Path, task: Task, tokens: Tokens, tokenizer: An
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[_reporter(step, recipe.batch)])
+        reporter = _reporter(step, recipe.batch)
+        trainer = sterna.Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[reporter], tuning=tuning)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+        if tuning is not None:
+            into.mkdir()
+            tuning.expert().save(into / EXPERT)
+            return
         model.save_pretrained(into)
         if recipe.kind == "full":
             tokenizer.save_pretrained(into)
+
+
+def tuned(model: torch.nn.Module, recipe: Recipe, base: Path) -> sterna.Tuning:
+    """PaFi at its usual density, or HiWi on the feed-forward biases; on the weights where a model has no such biases."""
+    if recipe.kind == "pafi":
+        return sterna.tune(model, sterna.PaFi(density=PAFI_DENSITY, gradient="sampled"), base=base)
+    try:
+        return sterna.tune(model, sterna.HiWi(target="bias", rank=recipe.rank, zero_bias="direct"), base=base)
+    except Unsupported:
+        return sterna.tune(model, sterna.HiWi(target="weight", rank=recipe.rank), base=base)
 
 
 def with_lora(model: Any, rank: int) -> Any:
