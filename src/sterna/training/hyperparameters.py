@@ -81,6 +81,7 @@ def training_arguments(config: TrainingConfig, folder: Path, rows: int, checkpoi
                 data_seed=config.seed,
                 report_to="none",
                 disable_tqdm=True,
+                use_cpu=not torch.accelerator.is_available(),
                 dataloader_pin_memory=torch.cuda.is_available(),
                 logging_strategy="steps",
                 save_strategy="steps" if checkpoints else "no",

@@ -88,6 +88,21 @@ def with_peft(model: Any, config: Any) -> Any:
         raise InvalidArgument(f"method: PEFT cannot put {config.peft_type.value.lower()} on this model: {first_line(error)}") from error
 
 
+def refuse_broken(model: Any, batch: Mapping[str, Any], name: str) -> None:
+    """Run one batch without gradients: some methods do not go with some models, or with a newer transformers, and only the forward tells.
+
+    Raises InvalidArgument.
+    """
+    import torch
+
+    try:
+        with quiet(), torch.no_grad():
+            model.eval()(**batch)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+        versions = " and ".join(f"{package} {needed(package).__version__}" for package in ("peft", "transformers"))
+        raise InvalidArgument(f"method: {name} does not run on this model with {versions}: {first_line(error)}") from error
+
+
 def no_expert(model: Any, config: Any) -> str | None:
     """Why the adapter becomes no expert, or None: found by saving it as it is now, and reading it as `compress` will."""
     if config.peft_type.value not in ("LORA", "IA3"):

@@ -13,6 +13,7 @@ from typing import Any
 from sterna import __version__
 from sterna.errors import InvalidArgument, SternaError
 from sterna.needs import needed, quiet
+from sterna.sources.checkpoint import open_checkpoint
 from sterna.training.config import (
     Compression,
     HiWiMethod,
@@ -28,7 +29,7 @@ from sterna.training.data import TaskData, guessed_task, load_data
 from sterna.training.errors import Faults
 from sterna.training.hyperparameters import learning_rate, total_steps, training_arguments
 from sterna.training.methods import own_method
-from sterna.training.models import length_limit, load_settings, load_tokenizer, model_digest, model_folder
+from sterna.training.models import DTYPES, length_limit, load_settings, load_tokenizer, model_digest, model_folder
 from sterna.training.peft_methods import peft_config, peft_kind
 from sterna.training.runs import RunFolder, check_run, run_facts
 from sterna.training.tasks import TaskName
@@ -114,7 +115,7 @@ def make_plan(raw: Mapping[str, Any], *, restart: bool = False) -> Plan:
     task = config.task or guessed_task(config.data)
     data = load_data(config.data, task, faults)
     lengths, rows = _tokens(config, task, base, settings, tokenizer, data, faults)
-    _check_method(config, task, faults)
+    _check_method(config, task, base, faults)
     peft = None
     if isinstance(config.method, PeftMethod) and not faults.concern("method.name"):
         steps = total_steps(config.training, max(1, len(rows)), config.training.per_device_train_batch_size)
@@ -181,8 +182,14 @@ def _tokens(
     return lengths, rows
 
 
-def _check_method(config: TrainingConfig, task: TaskName, faults: Faults) -> None:
+def _check_method(config: TrainingConfig, task: TaskName, base: Path | None, faults: Faults) -> None:
     method = config.method
+    if isinstance(method, PaFiMethod | HiWiMethod) and config.dtype != "fp32" and base is not None:
+        with faults.at("model"):
+            stored = {info.dtype for info in open_checkpoint(base).tensors.values() if info.dtype.is_floating_point}
+            if stored - {DTYPES[config.dtype]}:
+                said = f"{config.dtype!r} is not what the base is stored in, and {method.name} trains the base's own values"
+                faults.add("dtype", f"{said}; leave it at fp32 (training.{config.dtype} is mixed precision)")
     if isinstance(method, PlainMethod) and method.name == "head" and task not in ("classification", "regression"):
         faults.add("method.name", f"'head' trains the head of a classification or regression; {task} has none")
     if isinstance(method, PaFiMethod | HiWiMethod) and not faults.concern("method"):

@@ -21,6 +21,7 @@ from sterna.training.errors import Interrupted
 from sterna.training.evaluation import Evaluation, evaluation
 from sterna.training.methods import Prepared, compressed_expert, keep_trained, prepare, tuned_expert
 from sterna.training.models import DTYPES, load_model
+from sterna.training.peft_methods import refuse_broken
 from sterna.training.plan import Plan, make_plan
 from sterna.training.result import TrainingResult, expert_sizes
 from sterna.training.runs import begin_run
@@ -131,6 +132,9 @@ def _trained(plan: Plan, warn: Callable[[str], None], progress: Progress) -> tup
     transformers.set_seed(config.seed)  # before a head is drawn
     model = load_model(plan.base, plan.task, plan.tokenizer, plan.data.classes or None, DTYPES[config.dtype])
     prepared = prepare(config, model, plan.peft)
+    if prepared.adapter:
+        longest = sorted(plan.rows, key=lambda row: len(row["input_ids"]))[-2:]
+        refuse_broken(prepared.model, collator(plan.tokenizer, plan.task)([dict(row) for row in longest]), config.method.name)
     if prepared.folder_because is not None:
         warn(f"{prepared.folder_because}: this ends as a PEFT folder, {plan.output.folder}, and not as an expert")
         _refuse_taken(plan)
