@@ -44,7 +44,7 @@ def test_commands(place: Path) -> None:
 
 
 def test_python_example(place: Path) -> None:
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     assert len(example.splitlines()) <= 20
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", example], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -52,6 +52,13 @@ def test_python_example(place: Path) -> None:
     assert first == "4 classes"
     assert again.startswith("2 classes again")
     assert re.fullmatch(r"[0-9a-f]{12} [\d,]+ bytes to undo it", digest)
+
+
+def test_training_example(place: Path) -> None:
+    _, example = blocks("python")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", example], cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[\d,]+ values trained; [\d,]+ bytes\n", done.stdout)
 
 
 def test_make_targets_exist() -> None:
