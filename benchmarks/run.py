@@ -1,16 +1,18 @@
 """Run the benchmarks one after another and write their tables: results/NAME.json, results/README.md, and between the marks of docs/benchmarks.md.
 
-    python benchmarks/run.py                 # all of them, about 15 minutes on two quiet cores
+    python benchmarks/run.py                 # all but the long ones, about 25 minutes on two quiet cores
     python benchmarks/run.py attach swap     # some
     python benchmarks/run.py --tables        # none: only the tables again, from the results that are there
     python benchmarks/run.py --check         # exit code 1 where a table is not what the results say
 
+The long ones (causal_lm_training by name; accuracy.py and pafi_ternary.py by themselves) go on where they were stopped; their tables are written too.
 Needs what `python -m sterna.demo.assets --all` fetches, the demo's training (made where it is not cached) and, for the causal language model, gguf.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -25,16 +27,25 @@ from rendering import goals, markdown, result_markdown
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
-NAMES = ("size", "compress", "attach", "swap", "latency", "threads", "memory", "causal_lm", "command_line")
+NAMES = ("size", "compress", "attach", "swap", "latency", "training_cost", "threads", "memory", "causal_lm", "command_line")
+LONG = ("causal_lm_training",)
+"""Run where they are named."""
+APART = ("accuracy", "pafi_ternary")
+"""Run by their own commands, with results of their own kind and a `tables()` that tells them as Markdown."""
 PASSED_ON = ("--base", "--tuned", "--causal-lm")
 ALONE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Where a script wants more threads than one, it says so to torch."""
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """What there is, by name, in the order of NAMES."""
-    files = {name: RESULTS / f"{name}.json" for name in NAMES}
+    """What there is, by name, in the order of NAMES and LONG."""
+    files = {name: RESULTS / f"{name}.json" for name in NAMES + LONG}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+
+
+def apart() -> dict[str, str]:
+    """The tables of those in APART that have been run, by name."""
+    return {name: importlib.import_module(name).tables() for name in APART if (RESULTS / f"{name}.json").exists()}
 
 
 def machine_lines(found: dict[str, dict[str, Any]]) -> str:
@@ -59,18 +70,18 @@ def goal_table(found: dict[str, dict[str, Any]]) -> str:
     return markdown(["script", *columns], rows)
 
 
-def summary(found: dict[str, dict[str, Any]]) -> str:
+def summary(found: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
     """results/README.md."""
     rule = "A goal is met or missed where the whole 95 % interval lies on one side of it, else not decided."
     head = f"# Results\n\nWritten by `python benchmarks/run.py`; do not edit. {rule}"
-    sections = [result_markdown(result) for result in found.values()]
+    sections = [result_markdown(result) for result in found.values()] + [f"## {name}\n\n{text}" for name, text in others.items()]
     return "\n\n".join([head, machine_lines(found), "## Goals", goal_table(found), *sections]) + "\n"
 
 
-def page(text: str, found: dict[str, dict[str, Any]]) -> str:
+def page(text: str, found: dict[str, dict[str, Any]], others: dict[str, str]) -> str:
     """docs/benchmarks.md with what lies between its marks made anew."""
     parts = {"machine": machine_lines(found), "goals": goal_table(found)}
-    parts |= {name: result_markdown(result, whole=False) for name, result in found.items()}
+    parts |= {name: result_markdown(result, whole=False) for name, result in found.items()} | others
 
     def filled(match: re.Match[str]) -> str:
         begin, name, end = match[1], match[2], match[4]
@@ -81,10 +92,10 @@ def page(text: str, found: dict[str, dict[str, Any]]) -> str:
 
 def tables() -> Iterator[tuple[Path, str]]:
     """The files that hold tables, and what they should say."""
-    found = results()
-    yield RESULTS / "README.md", summary(found)
+    found, others = results(), apart()
+    yield RESULTS / "README.md", summary(found, others)
     if PAGE.exists():
-        yield PAGE, page(PAGE.read_text(encoding="utf-8"), found)
+        yield PAGE, page(PAGE.read_text(encoding="utf-8"), found, others)
 
 
 def run(name: str, arguments: list[str]) -> bool:
@@ -98,7 +109,7 @@ def run(name: str, arguments: list[str]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; all where none is named")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}, all where none is named; and {', '.join(LONG)}")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables from the results")
     parser.add_argument("--check", action="store_true", help="run and write nothing, compare the tables with the results")
     parser.add_argument("--quick", action="store_true", help="few repetitions, to see that it runs")
@@ -106,8 +117,9 @@ def main() -> int:
     for flag in PASSED_ON:
         parser.add_argument(flag, metavar="DIR", help="as the scripts take it")
     chosen = parser.parse_args()
-    if unknown := [name for name in chosen.names if name not in NAMES]:
-        parser.error(f"no benchmark named {unknown[0]!r}; there are {', '.join(NAMES)}")
+    if unknown := [name for name in chosen.names if name not in NAMES + LONG]:
+        own = f"; it has a command of its own: python benchmarks/{unknown[0]}.py" if unknown[0] in APART else ""
+        parser.error(f"no benchmark named {unknown[0]!r}; there are {', '.join(NAMES + LONG)}{own}")
     if chosen.check:
         stale = [str(path.relative_to(HERE.parent)) for path, text in tables() if not path.exists() or path.read_text(encoding="utf-8") != text]
         print(f"not what the results say: {', '.join(stale)}; python benchmarks/run.py --tables" if stale else "the tables are what the results say")
