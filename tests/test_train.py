@@ -30,7 +30,7 @@ from sterna.training.data import load_data
 from sterna.training.errors import Faults, Interrupted, InvalidConfig
 from sterna.training.run import train
 from sterna.training.tokens import packed
-from sterna.training.trainer import MARK, last_checkpoint
+from sterna.tuning.checkpoints import MARK, last_checkpoint
 
 STERNA = str(Path(sys.executable).with_name("sterna"))
 
@@ -90,6 +90,9 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
     "head": {"method": "head"},
     "lora": {"method": {"name": "lora", "r": 2, "target_modules": ["query", "dense"]}},
     "ia3": {"method": "(ia)3"},
+    "loha, merged": {"method": {"name": "loha", "target_modules": ["query", "value"]}},
+    "adalora, merged": {"method": {"name": "adalora", "target_modules": ["query", "value"]}},
+    "dora, merged": {"method": {"name": "lora", "use_dora": True, "target_modules": ["query", "value"]}},
 }
 
 
@@ -120,24 +123,20 @@ def test_every_method_that_is_a_weight_delta_ends_as_an_expert(kind: str, here: 
         assert (Path("out.run/trained") / ("model.safetensors" if kind.startswith("full") else "adapter_config.json")).is_file()
 
 
-@pytest.mark.parametrize(("name", "model"), [("prefix-tuning", "llama"), ("prompt_tuning", "llama"), ("adalora", "bert"), ("loha", "bert")])
-def test_a_method_that_is_no_plain_delta_ends_as_a_peft_folder(name: str, model: str, here: Path) -> None:
-    fields: dict[str, Any] = {"name": name}
-    fields |= {"num_virtual_tokens": 3} if model == "llama" else {"target_modules": ["query", "value"]}
-    data = {"data": {"train": "texts.txt", "max_length": 8}} if model == "llama" else {}
+@pytest.mark.parametrize("name", ["prefix-tuning", "prompt_tuning"])
+def test_a_method_that_is_no_delta_ends_as_a_peft_folder(name: str, here: Path) -> None:
+    raw = config({"name": name, "num_virtual_tokens": 3}, model="llama", data={"train": "texts.txt", "max_length": 8})
     said: list[str] = []
-    result = train(config(fields, model=model, **data), warn=said.append)
+    result = train(raw, warn=said.append)
     assert result.ends_as == "PEFT folder"
     assert any("ends as a PEFT folder" in line for line in said)
     assert not Path("out.safetensors").exists()
-    loader = transformers.AutoModelForCausalLM if model == "llama" else transformers.AutoModelForSequenceClassification
-    labels = {} if model == "llama" else {"num_labels": 2}
-    assert peft.PeftModel.from_pretrained(loader.from_pretrained(model, **labels), "out").active_adapter == "default"
+    assert peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("llama"), "out").active_adapter == "default"
     assert set(result.metrics) == {"trained"}
-    assert train(config(fields, model=model, **data)).steps == result.steps  # a finished run is finished again
+    assert train(raw).steps == result.steps  # a finished run is finished again
     shutil.rmtree("out.run")
     with pytest.raises(SternaError, match="exists already"):
-        train(config(fields, model=model, **data))
+        train(raw)
 
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -390,7 +389,6 @@ def test_a_checkpoint_cut_short_does_not_count(here: Path) -> None:
     shutil.copytree(last.folder, checkpoints / "checkpoint-9")
     (checkpoints / "checkpoint-9" / MARK).write_text("{")
     assert last_checkpoint(checkpoints) == last
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-6"]
 
 
 def sterna_train(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from torch import nn
 import sterna
 from models import made, same_state, state_of
 from sterna.errors import InvalidFile
-from sterna.tuning.trainer import last_checkpoint
+from sterna.tuning.checkpoints import last_checkpoint
 
 ROWS = [{"input_ids": [(7 * i + j) % 40 for j in range(3 + i % 3)], "labels": i % 3} for i in range(24)]
 METHODS: dict[str, Any] = {

@@ -154,7 +154,7 @@ class DemoResult:
             "chosen on the validation texts only. Intervals are 95 %: Wilson's for an accuracy, bootstrap over the same test texts for a "
             "difference, Student's on paired runs for a latency.",
             "Words alone: tf-idf and logistic regression on the tokens that the model sees. Base alone: the untouched base with the trained head.",
-            "PaFi: only the blocks' entries of smallest magnitude are trained, and no position is stored; HiWi: an adapter on the feed-forward biases, "
+            "PaFi: only the blocks' entries of smallest magnitude are trained, no position is stored; HiWi: an adapter on the feed-forward biases, "
             "folded away. Exact values in 32 bit; ternary: ComPEFT over what the trained entries moved by, their density and std its own.",
             "Bytes include the header and the head. Uncompressed: 16 bits an entry, head too. Prune only: our coded positions, values of 16 bits. "
             "STC: as ComPEFT, whose payload is the same. To 16 bit: the uncompressed bytes over these.",

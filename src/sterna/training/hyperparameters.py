@@ -85,6 +85,7 @@ def training_arguments(config: TrainingConfig, folder: Path, rows: int, checkpoi
                 dataloader_pin_memory=torch.cuda.is_available(),
                 logging_strategy="steps",
                 save_strategy="steps" if checkpoints else "no",
+                save_total_limit=1,
                 **fields,
             )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from sterna.errors import InvalidArgument
 from sterna.needs import quiet
 from sterna.progress import Progress
 from sterna.training.config import Compression, HiWiMethod, PaFiMethod, TrainingConfig
-from sterna.training.peft_methods import no_expert, with_peft
+from sterna.training.peft_methods import merged, merges, no_expert, with_peft
 from sterna.writing import whole_folder
 
 
@@ -23,7 +23,8 @@ from sterna.writing import whole_folder
 class Prepared:
     """A model of which only what the method trains requires a gradient.
 
-    `trained` and `trained_head` count numbers. `folder_because` says why it ends as a PEFT folder; None where it ends as an expert.
+    `trained` and `trained_head` count numbers. `folder_because` says why it ends as a PEFT folder; None where it ends as an expert, of the adapter's
+    factors themselves, or where `merge` says so of the weights that it is merged into.
     """
 
     model: Any
@@ -31,6 +32,7 @@ class Prepared:
     trained_head: int
     tuning: Any = None
     adapter: bool = False
+    merge: bool = False
     folder_because: str | None = None
 
 
@@ -61,7 +63,9 @@ def prepare(config: TrainingConfig, model: Any, peft: Any) -> Prepared:
     if peft is not None:
         wrapped = with_peft(model, peft)
         counts = _counted(wrapped, lambda name: "modules_to_save" in name)
-        return Prepared(wrapped, *counts, adapter=True, folder_because=no_expert(wrapped, peft))
+        because = no_expert(wrapped, peft)
+        merge = because is not None and merges(wrapped, peft)
+        return Prepared(wrapped, *counts, adapter=True, merge=merge, folder_because=None if merge else because)
     head = head_names(model)
     if config.method.name == "head":
         for name, parameter in model.named_parameters():
@@ -114,6 +118,13 @@ def compressed_expert(prepared: Prepared, config: TrainingConfig, trained: Path,
     assert config.model is not None
     assert how.density is not None
     assert how.alpha is not None
+    if prepared.merge:
+        trained = trained.with_name("merged")
+        whole = merged(prepared.model)
+        if trained.exists():
+            shutil.rmtree(trained)
+        with whole_folder(trained) as partial, quiet():
+            whole.save_pretrained(partial)
     nothing = "equals the base in every tensor"  # as it should, where the head alone is trained
     expert = compress(
         config.model,
@@ -127,7 +138,7 @@ def compressed_expert(prepared: Prepared, config: TrainingConfig, trained: Path,
         warn=warn if config.method.name != "head" else lambda message: None if nothing in message else warn(message),
         progress=progress,
     )
-    if not prepared.adapter:
+    if not prepared.adapter or prepared.merge:
         return expert
     # A PEFT folder does not say what the labels are called; the model that was trained does.
     tuned = json.loads(json.dumps(prepared.model.config.to_dict(), default=str))

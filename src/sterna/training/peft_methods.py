@@ -103,6 +103,22 @@ def refuse_broken(model: Any, batch: Mapping[str, Any], name: str) -> None:
         raise InvalidArgument(f"method: {name} does not run on this model with {versions}: {first_line(error)}") from error
 
 
+def merges(model: Any, config: Any) -> bool:
+    """Whether the adapter can be merged into the weights: it is then a change of weights, and ends as an expert."""
+    kind = needed("peft.tuners.tuners_utils").BaseTunerLayer
+    layers = [module for module in model.modules() if isinstance(module, kind)]
+    return not config.is_prompt_learning and bool(layers) and all(type(layer).merge is not kind.merge for layer in layers)
+
+
+def merged(model: Any) -> Any:
+    """The base with the adapter merged into its weights. Raises Unsupported with what PEFT says."""
+    try:
+        with quiet():
+            return model.merge_and_unload()
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise Unsupported(f"method: PEFT cannot merge this adapter into the weights ({first_line(error)}); its folder is kept") from error
+
+
 def no_expert(model: Any, config: Any) -> str | None:
     """Why the adapter becomes no expert, or None: found by saving it as it is now, and reading it as `compress` will."""
     if config.peft_type.value not in ("LORA", "IA3"):

@@ -59,7 +59,7 @@ def train(
 
 
 def _how_to_go_on(plan: Plan) -> str:
-    from sterna.training.trainer import last_checkpoint
+    from sterna.tuning.checkpoints import last_checkpoint
 
     found = last_checkpoint(plan.run.checkpoints)
     if found is None:
@@ -119,7 +119,8 @@ class Done:
 
 
 def _trained(plan: Plan, warn: Callable[[str], None], progress: Progress) -> tuple[Prepared, Done]:
-    from sterna.training.trainer import RunTrainer, Watch, last_checkpoint, stoppable
+    from sterna.training.trainer import RunTrainer, Watch, stoppable
+    from sterna.tuning.checkpoints import last_checkpoint
 
     transformers = needed("transformers")
     started = time.perf_counter()

@@ -1,11 +1,8 @@
-"""The Trainer of a run: checkpoints of what is trained that count only when they are whole, a stop that loses nothing, a bar with the loss."""
+"""The Trainer of a run: checkpoints of what is trained, a stop that loses nothing, a bar with the loss."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 import signal
 import threading
 import time
@@ -22,10 +19,6 @@ from safetensors.torch import load_file, save_file
 from sterna.errors import InvalidFile
 from sterna.progress import Progress
 from sterna.tuning.trainer import Trainer
-from sterna.writing import whole_file
-
-MARK = "complete.json"
-"""The file that is written last into a checkpoint; one without it, or whose files have other sizes, was cut short and does not count."""
 
 TRAINED = "trained.safetensors"
 
@@ -64,64 +57,12 @@ class RunTrainer(Trainer):
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            mark(folder, self.seconds)
-            for older in folder.parent.glob("checkpoint-*"):  # not before this one counts
-                if older != folder:
-                    shutil.rmtree(older, ignore_errors=True)
-
 
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that require a gradient, and the buffers that a state dict has, by name; tied ones once."""
     buffers = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state: dict[str, torch.Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
     return state | {name: value for name, value in model.named_buffers() if name in buffers}
-
-
-def mark(folder: Path, seconds: float) -> None:
-    """Sync every file of a checkpoint, then write the mark that makes it count."""
-    sizes = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        sizes[path.name] = path.stat().st_size
-    with whole_file(folder / MARK) as file:
-        file.write(json.dumps({"seconds": round(seconds, 3), "files": sizes}).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A whole checkpoint: its folder, the steps behind it, and the seconds that they took."""
-
-    folder: Path
-    step: int
-    seconds: float
-
-
-def last_checkpoint(folder: Path) -> Checkpoint | None:
-    """The last whole checkpoint of a run, or None. Those that were cut short are removed."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        seconds, step = _whole(path), path.name.removeprefix("checkpoint-")
-        if seconds is None or not step.isdigit():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            found.append(Checkpoint(path, int(step), seconds))
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
-
-
-def _whole(folder: Path) -> float | None:
-    """The seconds in a checkpoint's mark, if the mark is there and what it names is as long as it says."""
-    try:
-        facts = json.loads((folder / MARK).read_bytes())
-        if all((folder / name).stat().st_size == size for name, size in facts["files"].items()):
-            return float(facts["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
 
 
 @dataclass(slots=True)

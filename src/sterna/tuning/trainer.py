@@ -10,18 +10,17 @@ import torch
 import transformers
 
 from sterna.errors import InvalidFile
+from sterna.tuning.checkpoints import MARK, last_checkpoint, mark, remove_older
 from sterna.tuning.tuning import Tuning
 
 CHECKPOINT = "sterna_tuning.safetensors"
-_WHOLE = "sterna_whole"
-"""An empty file that is the last to come into a checkpoint: without it the checkpoint may be half-written."""
 
 
 class Trainer(transformers.Trainer):  # type: ignore[misc]
     """transformers.Trainer for a tuned model: `Trainer(model, args, ..., tuning=tuning)`. Without a tuning it is transformers' own.
 
     Checkpoints hold the trained values, the head, and the states of optimizer, scheduler and generators; `resume_from_checkpoint` goes on from
-    them to the bit, and True finds the last one that was written to its end.
+    them to the bit, and True finds the last one that was written to its end. `save_total_limit` removes older ones only then.
     """
 
     def __init__(self, *arguments: Any, tuning: Tuning | None = None, **keywords: Any) -> None:
@@ -31,7 +30,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir)
-            resume_from_checkpoint = os.fspath(found) if found else None
+            resume_from_checkpoint = os.fspath(found.folder) if found else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -44,10 +43,23 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self.tuning.save(folder / CHECKPOINT)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        (checkpoint / MARK).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing older goes before this one counts
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / _WHOLE).touch()
+            mark(checkpoint, self.seconds)
+            if limit:
+                remove_older(folder, limit, self.state.best_model_checkpoint)
+
+    @property
+    def seconds(self) -> float:
+        """What the run took so far, for the checkpoint's mark."""
+        return 0.0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.tuning is None:
@@ -60,12 +72,6 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             super()._load_best_model()
             return
         self.tuning.load(_checkpoint_file(str(self.state.best_model_checkpoint)))
-
-
-def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The last checkpoint in a Trainer's output folder that was written to its end, or None."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{_WHOLE}") if path.parent.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def _checkpoint_file(folder: str) -> Path:
