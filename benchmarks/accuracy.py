@@ -1,6 +1,6 @@
 """Accuracy of PaFi and HiWi beside full fine-tuning, LoRA and their controls, on the encoder and four tasks, with trained and stored sizes.
 
-For each method and task: three rates on a third of the training texts with seed 0, the best on validation taken; then three seeds at that rate on all
+For each method and task: three rates or more on a third of the training texts with seed 0, the best on validation taken; then three seeds at that rate on all
 of them (at most 1,500 texts, 2 epochs). Some seven core-hours in all, so every training is written down when it ends and a later call goes on:
 
     python benchmarks/accuracy.py --minutes 60      trains what is missing, for about an hour
@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from sterna.writing import whole_file
 RESULT = harness.RESULTS / "accuracy.json"
 SIZES = Sizes(train=1500, validation=500, test=1500)
 EPOCHS, BATCH, SEEDS = 2, 16, (0, 1, 2)
+MOST_RATES = 6
 FEED_FORWARD_BIASES = ("*.intermediate.dense.bias", "*.[0-9].output.dense.bias")
 
 
@@ -119,15 +120,31 @@ def wanted(results: Results) -> Iterator[Run]:
     for seeds in (SEEDS[:1], SEEDS[1:]):
         for task in tasks.TASKS:
             for method in ORDER:
-                sweep = [Run(task, method, rate, 3, 0) for rate in METHODS[method].rates]
-                yield from sweep
-                if all(run.key in results for run in sweep):
-                    yield from (Run(task, method, chosen_rate(results, task, method), 1, seed) for seed in seeds)
+                yield from (Run(task, method, rate, 3, 0) for rate in swept(results, task, method))
+                rate = chosen_rate(results, task, method)
+                if rate is not None:
+                    yield from (Run(task, method, rate, 1, seed) for seed in seeds)
 
 
-def chosen_rate(results: Results, task: str, method: str) -> float:
-    """The rate of the sweep with the most right validation answers; of equals, the smallest."""
-    return max(sorted(METHODS[method].rates), key=lambda rate: results[Run(task, method, rate, 3, 0).key]["validation"])
+def swept(results: Results, task: str, method: str) -> list[float]:
+    """The rates of the sweep: doubled or halved beyond its ends, a few times, as long as the best one stands at an end."""
+    rates = sorted(METHODS[method].rates)
+    while len(rates) < MOST_RATES and all(Run(task, method, rate, 3, 0).key in results for rate in rates):
+        best = _best(results, task, method, rates)
+        if best not in (rates[0], rates[-1]):
+            break
+        rates = sorted([*rates, float(f"{2 * best if best == rates[-1] else best / 2:g}")])
+    return rates
+
+
+def chosen_rate(results: Results, task: str, method: str) -> float | None:
+    """The rate of the sweep with the most right validation answers; of equals, the smallest. None before the sweep is done."""
+    rates = swept(results, task, method)
+    return _best(results, task, method, rates) if all(Run(task, method, rate, 3, 0).key in results for rate in rates) else None
+
+
+def _best(results: Results, task: str, method: str, rates: Sequence[float]) -> float:
+    return max(rates, key=lambda rate: results[Run(task, method, rate, 3, 0).key]["validation"])
 
 
 def classifier(classes: int) -> Any:
@@ -208,7 +225,9 @@ def tables() -> str:
         ]
         missing = []
         for name, method in METHODS.items():
-            runs = {key: value for key, value in found["runs"].items() if key.startswith(f"{task}|{name}|") and "|1/1|" in key}
+            rate = chosen_rate(found["runs"], task, name)
+            keys = [Run(task, name, rate, 1, seed).key for seed in SEEDS] if rate is not None else []
+            runs = {key: found["runs"][key] for key in keys if key in found["runs"]}
             left = [str(seed) for seed in SEEDS if not any(key.endswith(f"|{seed}") for key in runs)]
             missing += [f"{method.label} (seed {' and '.join(left)})" if len(left) < len(SEEDS) else method.label] if left else []
             if not runs:
@@ -217,9 +236,8 @@ def tables() -> str:
             scores = [100 * value["test"] for value in runs.values()]
             one = next(iter(runs.values()))
             spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
-            rate = next(iter(runs)).split("|")[2]
             lines.append(
-                f"| {method.label} | {rate} | {one['trained']:,} | {one['stored']:,} | {statistics.mean(scores):.1f}{spread} | {len(scores)} |"
+                f"| {method.label} | {rate:g} | {one['trained']:,} | {one['stored']:,} | {statistics.mean(scores):.1f}{spread} | {len(scores)} |"
             )
         if missing:
             lines += ["", f"Not run: {'; '.join(missing)}."]
