@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sterna.sources.stored import unwrap
 from sterna.tuning.hiwi import HiWi
 from sterna.tuning.outcome import Values, expert_of
 from sterna.tuning.pafi import PaFi
-from sterna.tuning.parts import Whole, hangs_at
+from sterna.tuning.parts import Entries, Part, Whole, hangs_at
 from sterna.writing import whole_file
 
 Method = PaFi | HiWi
@@ -106,12 +106,13 @@ class Tuning:
     """A model that is being tuned. Made by `tune`; ended by `finish` or `discard`."""
 
     def __init__(self, root: torch.nn.Module, method: Method, ground: Ground) -> None:
-        self.method = method
-        self._root = root
-        self.ground = ground
-        self._ended: str | None = None
         _refuse_frozen(root)
+        self.method = method
+        self.ground = ground
         self.rule: MaskRule | None = None
+        self.parts: list[Part]
+        self._root = root
+        self._ended: str | None = None
         if isinstance(method, PaFi):
             self.rule = method.rule(ground.slots)
             _refuse_frozen_tensors(self.rule.names, ground.slots)
@@ -209,11 +210,11 @@ class Tuning:
             raise InvalidFile(f"{path} is no checkpoint of a tuning: {error}") from error
         self.load_state_dict(state)
         for part in self.parts:
-            if hasattr(part, "tap") and hasattr(part.tap, "sampled"):
+            if isinstance(part, Entries):
                 part.tap.sampled = part.name in sampled
 
     def _sampled(self) -> list[str]:
-        return [part.name for part in self.parts if getattr(getattr(part, "tap", None), "sampled", False)]
+        return [part.name for part in self.parts if isinstance(part, Entries) and part.tap.sampled]
 
     def expert(
         self,
@@ -249,7 +250,7 @@ class Tuning:
             for name, saved in self._buffers.items():
                 self.ground.buffers[name].tensor.copy_(saved)
 
-    def _end(self, how: str, each: Any) -> None:
+    def _end(self, how: str, each: Callable[[Part], None]) -> None:
         self._refuse_ended()
         with torch.no_grad():
             for part in (*self.parts, *self.heads):
