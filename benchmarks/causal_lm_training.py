@@ -85,9 +85,9 @@ def _tuned(method: sterna.PaFi | sterna.HiWi) -> Ready:
 
 
 METHODS: dict[str, tuple[Ready, tuple[float, ...]]] = {
-    LORA: (_lora, (1e-3, 2e-3, 5e-3)),
-    PAFI: (_tuned(sterna.PaFi(count=STORED, gradient="sampled")), (2e-3, 5e-3, 1e-2)),
-    HIWI: (_tuned(sterna.HiWi(target="weight", rank=5)), (1e-3, 3e-3, 1e-2)),
+    LORA: (_lora, (2e-3, 5e-3, 1e-2)),
+    PAFI: (_tuned(sterna.PaFi(count=STORED, gradient="sampled")), (5e-3, 1e-2, 2e-2)),
+    HIWI: (_tuned(sterna.HiWi(target="weight", rank=5)), (3e-3, 1e-2, 2e-2)),
     FULL: (_full, (3e-5, 1e-4, 3e-4)),
 }
 
