@@ -340,6 +340,8 @@ def test_ternary_values_are_compeft_over_what_moved(name: str) -> None:
     assert (expert.facts.method, expert.facts.source, expert.facts.density) == ("compeft", "pafi", 0.25)
     assert expert.facts.mask is not None
     assert expert.facts.mask.density == 0.2
+    whole = sum(p.numel() for path, p in made(name).named_parameters() if not path.startswith("classifier"))
+    assert sterna.inspect(expert).ratio_to_16bit * sterna.inspect(expert).bytes / 2 >= whole
 
 
 def test_half_values_and_heads_are_rounded_and_nothing_else(tmp_path: Path) -> None:
@@ -355,6 +357,15 @@ def test_half_values_and_heads_are_rounded_and_nothing_else(tmp_path: Path) -> N
             untouched = torch.equal(fresh.state_dict()[name][~moved].to(dtype), tensor[~moved].to(dtype))
             assert untouched
             assert torch.equal(fresh.state_dict()[name][moved], rounded[moved])
+
+
+def test_an_expert_names_the_class_that_was_tuned(tmp_path: Path) -> None:
+    made("bert").bert.save_pretrained(tmp_path / "encoder")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3)
+    tuning = sterna.tune(model, PAFI)
+    train(model, adamw(tuning))
+    assert tuning.expert().facts.architecture == "BertForSequenceClassification"  # the loaded configuration still says BertModel
+    assert sterna.compress(tmp_path / "encoder", model).facts.architecture == "BertForSequenceClassification"
 
 
 def test_an_expert_names_the_base_that_it_is_given(tmp_path: Path) -> None:

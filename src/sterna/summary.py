@@ -46,7 +46,7 @@ class Summary:
 
     `parameters` is d, the length of the task vector; `bits_per_parameter` counts streams and table, exact tensors not; `entropy_bits_per_parameter`
     is the i.i.d. entropy of a ternary vector with this many non-zeros and signs; `ratio_to_16bit` is a 16-bit copy of the task vector and the exact
-    tensors over `bytes`.
+    tensors over `bytes`; of the whole base and the head, where PaFi or HiWi trained it.
     """
 
     facts: Facts
@@ -84,7 +84,6 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
     tensors = tuple(_tensor(change) for change in expert.changes)
     streams = sum(t.stop - t.start for t in expert.ternaries)
     exact = sum(_bytes(change) for change in expert.changes)
-    exact_entries = sum(tensor.numel() for change in expert.changes for _, tensor in change.exact)
     entries = sum(t.entries for t in tensors)
     nonzeros = sum(t.nonzeros for t in tensors)
     return Summary(
@@ -101,10 +100,16 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
         nonzeros=nonzeros,
         bits_per_parameter=8 * (streams + table) / entries if entries else 0.0,
         entropy_bits_per_parameter=ternary_entropy(nonzeros / entries) if entries else 0.0,
-        ratio_to_16bit=2 * (entries + exact_entries) / size,
+        ratio_to_16bit=2 * _fully_tuned(expert, entries) / size,
         mask=next((_mask(expert.facts, change) for change in expert.changes if isinstance(change, Masked)), None),
         tensors=tensors,
     )
+
+
+def _fully_tuned(expert: Expert, coded: int) -> int:
+    """Entries of what the expert stands for: the task vector and the exact tensors; the whole base and the head where PaFi or HiWi tuned it."""
+    exact = [change.value.numel() for change in expert.changes if isinstance(change, Set) and change.role != "tuned"]
+    return (expert.facts.base.parameters if expert.facts.source in ("pafi", "hiwi") else coded) + sum(exact)
 
 
 def ternary_entropy(density: float) -> float:

@@ -262,8 +262,7 @@ def _from_module(module: torch.nn.Module) -> Checkpoint:
     label = type(module).__name__
     if config is not None and hasattr(config, "to_dict"):
         values = json.loads(json.dumps(config.to_dict(), default=str))
-        values.setdefault("architectures", None)
-        values["architectures"] = values["architectures"] if isinstance(values["architectures"], list) else [type(module).__name__]
+        values["architectures"] = [type(module).__name__]  # a loaded configuration names the class that its folder was saved as
         origin = str(getattr(config, "_name_or_path", "") or "")
         label = (origin if _HUB_ID.fullmatch(origin) and not Path(origin).exists() else Path(origin).name) or label
     buffers = frozenset(name for name, tensor in state.items() if not isinstance(tensor, torch.nn.Parameter))
