@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(RUN)/sterna demo
 
 test: $(STAMP) assets lint
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 # Longer than the default suite: memory of a large checkpoint, more fuzzing.
 test-long: $(STAMP) assets

@@ -359,6 +359,16 @@ def test_half_values_and_heads_are_rounded_and_nothing_else(tmp_path: Path) -> N
             assert torch.equal(fresh.state_dict()[name][moved], rounded[moved])
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama, tied head"])
+def test_a_model_saved_under_pafi_is_the_tuned_one(name: str, tmp_path: Path) -> None:
+    model, tuning = tuned(name, PAFI)
+    train(model, adamw(tuning))
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    again = type(made(name)).from_pretrained(tmp_path / "saved")
+    tuning.finish()
+    assert same_state(again, state_of(model))
+
+
 def test_an_expert_names_the_class_that_was_tuned(tmp_path: Path) -> None:
     made("bert").bert.save_pretrained(tmp_path / "encoder")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3)
