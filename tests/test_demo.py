@@ -452,9 +452,11 @@ def test_a_persons_own_model_and_data_run_from_end_to_end(pico: Path, tmp_path: 
         assert [row.density for row in task.rows if row.method == "ComPEFT"] == [0.1, 0.3]
     full = {row.method: row for row in result.tasks[0].rows}
     assert full["uncompressed"].accuracy.value > full["base alone"].accuracy.value
-    assert len(result.files) == 4
+    tuned = ["PaFi 0.005, exact values", "PaFi 0.005, ternary, head in 16 bit", "HiWi, exact values", "HiWi, ternary, head in 16 bit"]
+    assert [row.method for row in result.tasks[0].rows][-4:] == tuned
+    assert len(result.files) == 8
     sizes = {Path(file).stat().st_size for file in result.files}
-    assert {row.bytes for task in result.tasks for row in task.rows if row.method == "ComPEFT"} == sizes
+    assert {row.bytes for task in result.tasks for row in task.rows if row.method in ("ComPEFT", *tuned)} == sizes
     runs = sorted((tmp_path / "cache" / "demo" / "runs").iterdir())
     assert [run.name.partition("-")[0] for run in runs] == ["full", "lora"]
 
