@@ -458,7 +458,7 @@ def test_a_persons_own_model_and_data_run_from_end_to_end(pico: Path, tmp_path: 
     sizes = {Path(file).stat().st_size for file in result.files}
     assert {row.bytes for task in result.tasks for row in task.rows if row.method in ("ComPEFT", *tuned)} == sizes
     runs = sorted((tmp_path / "cache" / "demo" / "runs").iterdir())
-    assert [run.name.partition("-")[0] for run in runs] == ["full", "lora"]
+    assert [run.name.partition("-")[0] for run in runs] == ["full", "hiwi", "lora", "pafi"]
 
     heard.clear()
     again = run_demo(replace(options, densities=(0.1,)), lambda step, done, total, unit: heard.append(step))
