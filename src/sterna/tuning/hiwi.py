@@ -13,7 +13,8 @@ import torch
 from torch.nn.functional import gelu, linear, relu
 
 from sterna.errors import InvalidArgument, Unsupported
-from sterna.expert.changes import Activation
+from sterna.expert.changes import Activation, Folded
+from sterna.expert.expert import new_value, rounded
 from sterna.live.weights import Slot
 from sterna.sources.names import some
 from sterna.tuning.eligible import FeedForward, feed_forward
@@ -133,7 +134,7 @@ class BiasTap:
 
     def folded(self, stored: torch.Tensor) -> torch.Tensor:
         wide, D, U = stored.double(), self.D.detach().double(), self.U.detach().double()
-        return (wide + self.scale * (ACTIVATIONS[self.activation](wide @ D) @ U)).to(stored.dtype)
+        return rounded(wide + self.scale * (ACTIVATIONS[self.activation](wide @ D) @ U), stored.dtype)
 
 
 class WeightTap:
@@ -159,5 +160,9 @@ class WeightTap:
         return linear(x, stored, bias) + linear(linear(x, right), left)
 
     def folded(self, stored: torch.Tensor) -> torch.Tensor:
-        left, right = self._product(stored.double(), self.D.detach().double(), self.U.detach().double())
-        return (stored.double() + left @ right).to(stored.dtype)
+        return new_value(self.change(""), stored).to(stored.device)
+
+    def change(self, name: str, dtype: torch.dtype | None = None) -> Folded:
+        """The adapter as an expert's change of the tensor `name`, its factors in `dtype` where one is given."""
+        D, U = (factor.detach().cpu().to(dtype or factor.dtype).clone() for factor in (self.D, self.U))
+        return Folded(name, D, U, self.activation, self.scale, self.transposed)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from sterna import __version__
@@ -14,13 +13,14 @@ from sterna.codings import by_name
 from sterna.compeft import check_options, ternarize
 from sterna.compression import base_facts
 from sterna.errors import InvalidArgument
-from sterna.expert.changes import Add, Change, Folded, Masked, Set, Ternary
+from sterna.expert.changes import Add, Change, Masked, Set, Ternary
 from sterna.expert.expert import Expert
 from sterna.expert.facts import Facts, MaskFacts
 from sterna.precision import HeadPrecision, check_head, stored
 from sterna.progress import silent
 from sterna.sources.config import changed_config
-from sterna.taskvector import F32, Piece, float32
+from sterna.sources.finetune import difference
+from sterna.taskvector import Piece
 from sterna.tuning.hiwi import HiWi, WeightTap
 from sterna.tuning.pafi import DENSITY as MASK_DENSITY
 from sterna.tuning.pafi import PaFi
@@ -84,8 +84,7 @@ def _exact(tuning: Tuning, parts: Sequence[Part], dtype: torch.dtype | None) -> 
 
 def _exact_change(part: Part, dtype: torch.dtype | None) -> Change:
     if isinstance(part, Adapter) and isinstance(part.tap, WeightTap):
-        D, U = (factor.detach().cpu().to(dtype or factor.dtype).clone() for factor in (part.tap.D, part.tap.U))
-        return Folded(part.name, D, U, part.tap.activation, part.tap.scale, part.tap.transposed)
+        return part.tap.change(part.name, dtype)
     return Set(part.name, _new(part).to(dtype or part.slots[0].tensor.dtype), "tuned")
 
 
@@ -99,27 +98,23 @@ def _ternary(tuning: Tuning, parts: Sequence[Part], density: float, alpha: float
     """ComPEFT over what the trained entries moved by: with a mask over its entries as one tensor, else over each tuned tensor."""
     check_options(density, alpha)
     if tuning.rule is not None:
-        pairs = [(part.values.detach(), part.base) for part in parts if isinstance(part, Entries)]
-        new, old = (torch.cat([pair[side].float().cpu() for pair in pairs]) for side in (0, 1))
-        pieces = [_piece("values", new, old)]
+        pairs = [(part.base, part.values.detach()) for part in parts if isinstance(part, Entries)]
+        old, new = (torch.cat([pair[side].float().cpu() for pair in pairs]) for side in (0, 1))
+        pieces = [difference("values", tuple(new.shape), old, new)]
     else:
-        pieces = [_piece(part.name, _new(part), part.base if isinstance(part, Whole) else part.slots[0].tensor.detach()) for part in parts]
+        pieces = [_moved(part) for part in parts]
     levels, _ = ternarize(pieces, density=density, alpha=alpha, per_tensor=False, coding=by_name("rice"), progress=silent)
     changes: list[Change] = [_change(tuning, piece.name, ternary) for piece, ternary in zip(pieces, levels, strict=True)]
     return changes, levels[0].scale, sum(piece.size for piece in pieces)
 
 
+def _moved(part: Part) -> Piece:
+    new, old = _new(part), part.base if isinstance(part, Whole) else part.slots[0].tensor
+    return difference(part.name, tuple(new.shape), old, new)
+
+
 def _change(tuning: Tuning, name: str, levels: Ternary) -> Change:
     return Masked(tuning.rule, levels) if tuning.rule is not None else Add(name, levels)
-
-
-def _piece(name: str, new: torch.Tensor, old: torch.Tensor) -> Piece:
-    after, before = float32(new.reshape(-1)), float32(old.reshape(-1))
-
-    def read(start: int, stop: int, out: F32) -> None:
-        np.subtract(after[start:stop], before[start:stop], out=out)
-
-    return Piece(name, tuple(new.shape), read)
 
 
 def _stored(change: Change) -> int:
