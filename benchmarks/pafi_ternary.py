@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -26,8 +26,7 @@ from machine import machine
 from rendering import markdown
 from sterna.demo.assets import asset_path, cache_folder
 from sterna.demo.data import Sizes, newsgroups
-from sterna.demo.evaluation import tokenized
-from sterna.demo.intervals import wilson
+from sterna.demo.evaluation import Score, climb, tokenized
 from sterna.demo.options import DemoOptions, checked
 from sterna.demo.run import tuned_recipes_of
 from sterna.demo.training import EXPERT, run_folder, train
@@ -63,18 +62,9 @@ def trained(name: str) -> Path:
     return target / EXPERT
 
 
-def score(expert: Expert, model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> int:
+def score(expert: Expert, model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> Score:
     with sterna.attached(model, expert):
-        return sum(tasks.right_answers(model, tokenizer, rows))
-
-
-def sizes(expert: Expert) -> tuple[int, int]:
-    """Bytes of the file, and those of the head in it."""
-    with tempfile.TemporaryDirectory() as folder:
-        expert.save(Path(folder) / "expert.safetensors")
-        whole = (Path(folder) / "expert.safetensors").stat().st_size
-    head = sum(t.numel() * t.element_size() for c in expert.changes if getattr(c, "role", "") == "head" for _, t in c.exact)
-    return whole, head
+        return Score(np.array(tasks.right_answers(model, tokenizer, rows)), 0.0)
 
 
 def main() -> None:
@@ -98,38 +88,26 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
 
         def add(expert: Expert, model: Any = model, rows: list[dict[str, Any]] = rows, **said: Any) -> None:
-            whole, head = sizes(expert)
-            right = score(expert, model, tokenizer, test)
-            found = wilson(right, len(test))
-            rows.append({**said, "bytes": whole, "head": head, "test": right / len(test), "low": found.low, "high": found.high})
+            size, found = sterna.inspect(expert), score(expert, model, tokenizer, test).accuracy
+            rows.append({**said, "bytes": size.bytes, "head": size.bytes_head, "test": found.value, "low": found.low, "high": found.high})
             harness.note(f"{rows[-1]}")
 
         add(exact, values="exact", head_as="exact")
         add(sterna.compress(tasks.folder(), exact, density=1e-9, alpha=1.0), values="none: the base with the trained head", head_as="exact")
         for density in DENSITIES:
-            seen: dict[float, int] = {}
+            seen: dict[float, Score] = {}
 
-            def validated(alpha: float, density: float = density, seen: dict[float, int] = seen, exact: Expert = exact, model: Any = model) -> int:
-                if alpha not in seen:
-                    seen[alpha] = score(sterna.compress(tasks.folder(), exact, density=density, alpha=alpha), model, tokenizer, validation)
+            def validated(alpha: float, seen: dict[float, Score] = seen, exact: Expert = exact, density: float = density, live: Any = model) -> Score:
+                seen[alpha] = score(sterna.compress(tasks.folder(), exact, density=density, alpha=alpha), live, tokenizer, validation)
                 return seen[alpha]
 
-            alpha = climb(STARTS[density], validated)
+            alpha = climb(ALPHAS, STARTS[density], validated)
             for head in ("exact", "fp16", "int8"):
                 expert = sterna.compress(tasks.folder(), exact, density=density, alpha=alpha, head=head)  # type: ignore[arg-type]
-                add(expert, values="ternary", density=density, alpha=alpha, validation=seen[alpha] / len(validation), head_as=head)
+                add(expert, values="ternary", density=density, alpha=alpha, validation=seen[alpha].accuracy.value, head_as=head)
         result["rows"][name] = rows
         with whole_file(RESULT) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
-
-
-def climb(start: float, rank: Any) -> float:
-    """The best of ALPHAS, walking uphill from `start`: the curve over scales has one peak."""
-    place = ALPHAS.index(start)
-    for direction in (1, -1):
-        while 0 <= place + direction < len(ALPHAS) and rank(ALPHAS[place + direction]) > rank(ALPHAS[place]):
-            place += direction
-    return ALPHAS[place]
 
 
 def tables() -> str:
