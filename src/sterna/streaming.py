@@ -14,6 +14,7 @@ import torch
 from sterna.codings import CHUNK, I64
 from sterna.taskvector import F32, Piece
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _MOST_THREADS = 8
@@ -71,7 +72,7 @@ class Histogram:
         return sum(self._of_thread.values(), start=np.zeros(self._bins, np.int64))
 
 
-def ordered(work: Callable[[Chunk], T], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, T]]:
+def ordered(work: Callable[[S], T], chunks: Sequence[S]) -> Iterator[tuple[S, T]]:
     """(chunk, work(chunk)) in order, by torch's number of threads, with no more than a few results waiting."""
     threads = min(torch.get_num_threads(), _MOST_THREADS)
     if threads == 1 or len(chunks) < 2:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -22,6 +22,7 @@ from sterna.expert.facts import Facts
 from sterna.fingerprint import Fingerprint, require_base, tensor_digest
 
 if TYPE_CHECKING:
+    from sterna.bitmasks import Bitmasks
     from sterna.sources.checkpoint import Source
 
 DENSE_LIMIT = 8 << 30
@@ -114,6 +115,12 @@ class Expert:
     def adds(self) -> Joined:
         """The levels of the `Add` changes, in their order, joined for attaching."""
         return Joined.of([change.levels for change in self.changes if isinstance(change, Add)])
+
+    def bitmasks(self, names: Collection[str] | None = None) -> Bitmasks:
+        """The ternary changes (those of `names` alone, where given) as two bit masks a tensor, for arithmetic; see `sterna.bitmasks.bitmasks`."""
+        from sterna.bitmasks import bitmasks
+
+        return bitmasks(self, names)
 
     def check(self) -> None:
         """Decode every stream once, a few blocks at a time; InvalidFile where one is damaged."""

@@ -203,3 +203,23 @@ def add_lanes(typing_context: Any, values: Any, count: Any, lanes: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(values, types.uint64, lanes), codegen
+
+
+@intrinsic
+def add_where64(typing_context: Any, values: Any, index: Any, word: Any, value: Any) -> Any:
+    """values[index + j] += value for each set bit j of `word`; values are integers, which wrap. No bounds check."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        item = context.get_value_type(signature.args[0].dtype)
+        kind = ir.VectorType(item, 64)
+        place = builder.bitcast(_address(context, builder, signature.args[0], args[0], args[1]), kind.as_pointer())
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(args[3], item), ir.Constant(_I32, 0))
+        splat = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, 64), [0] * 64))
+        chosen = builder.select(builder.bitcast(args[2], ir.VectorType(ir.IntType(1), 64)), splat, ir.Constant(kind, [0] * 64))
+        load = builder.load(place)
+        load.align = item.width // 8
+        store = builder.store(builder.add(load, chosen), place)
+        store.align = item.width // 8
+        return context.get_dummy_value()
+
+    return types.void(values, types.uint64, types.uint64, types.int64), codegen

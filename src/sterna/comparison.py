@@ -1,0 +1,165 @@
+"""Two experts in two-mask form: inner products, and the positions that both change (ComPEFT, arXiv 2311.13171).
+
+With P and N an expert's masks of levels +1 and -1, l its scale (a tensor's own, or the expert's), and pop the number of set bits:
+
+    <x, y> = sum over tensors of l_x l_y (pop(P_x & P_y | N_x & N_y) - pop(P_x & N_y | N_x & P_y))
+    |x|^2  = sum over tensors of l_x^2 pop(P_x | N_x)
+    shared = pop(P_x & P_y | N_x & N_y) + pop(P_x & N_y | N_x & P_y), of which the second term conflict in sign
+
+LoRA experts are compared by their products, s B A, whatever their ranks: <B1 A1, B2 A2> = tr((B2^T B1) (A1 A2^T)), exact since levels are integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sterna.errors import InvalidArgument, WrongBase
+from sterna.numbers import bits, torch_bits
+from sterna.numbers.bits import I64, array
+
+if TYPE_CHECKING:
+    from sterna.bitmasks import Bitmasks
+
+_ENTRIES = 1 << 20
+"""Entries of a LoRA's product that are made at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Where two experts change the same: positions `shared` by both, changed by `either`, and those shared whose signs are `conflicting`."""
+
+    shared: int
+    either: int
+    conflicting: int
+
+    @property
+    def jaccard(self) -> float:
+        """shared / either, 0 to 1; NaN where neither changes anything."""
+        return self.shared / self.either if self.either else math.nan
+
+    @property
+    def conflicts(self) -> float:
+        """conflicting / shared, 0 to 1; NaN where nothing is shared."""
+        return self.conflicting / self.shared if self.shared else math.nan
+
+
+def dot(first: Bitmasks, second: Bitmasks) -> float:
+    """The inner product of two experts."""
+    ours, theirs, products = _both(first, second)
+    agree, differ = _agreements(first, second, ours, theirs).T
+    direct = first.layout.scale[ours] * second.layout.scale[theirs] * (agree - differ)
+    return math.fsum([*direct.tolist(), *(_inner(first, second, name) for name in products)])
+
+
+def square(masks: Bitmasks) -> float:
+    """The inner product of an expert with itself."""
+    direct = masks.layout.scale**2 * _populations(masks)
+    return math.fsum([*direct.tolist(), *(_inner(masks, masks, name) for name in masks.layout.products)])
+
+
+def cosine(dot: float, square: float, other: float) -> float:
+    """dot / sqrt(square * other), within -1 and 1 whatever rounding does; NaN where a square is 0."""
+    return max(-1.0, min(dot / math.sqrt(square) / math.sqrt(other), 1.0)) if square and other else math.nan
+
+
+def nonzeros(masks: Bitmasks) -> int:
+    """Positions that an expert changes."""
+    products = (rows for name in masks.layout.products for rows in _rows(masks, name))
+    return int(_populations(masks).sum()) + sum(int(torch.count_nonzero(rows)) for rows in products)
+
+
+def shared(first: Bitmasks, second: Bitmasks) -> tuple[int, int]:
+    """Positions that both change, and how many of them with different signs."""
+    ours, theirs, products = _both(first, second)
+    agree, differ = _agreements(first, second, ours, theirs).sum(0).tolist()
+    for name in products:
+        for rows, others in zip(_rows(first, name), _rows(second, name), strict=True):
+            signs = rows * others
+            agree += int((signs > 0).sum())
+            differ += int((signs < 0).sum())
+    return agree + differ, differ
+
+
+def require_same(first: Bitmasks, second: Bitmasks) -> None:
+    """Raise WrongBase for experts of different bases, InvalidArgument for masks on different devices."""
+    ours, theirs = first.base, second.base
+    if ours.fingerprint != theirs.fingerprint:
+        raise WrongBase(
+            f"the experts are for different bases: {ours.name}, fingerprint {ours.fingerprint[:12]}, and {theirs.name}, {theirs.fingerprint[:12]}; "
+            "only experts for the same base can be compared or added"
+        )
+    if first.device != second.device:
+        raise InvalidArgument(f"one expert's masks are on {first.device}, the other's on {second.device}; move one of them with `to`")
+
+
+def _both(first: Bitmasks, second: Bitmasks) -> tuple[I64, I64, Iterable[str]]:
+    """What both experts change: the rows of direct changes in each one's layout, and the names of products. Raises WrongBase or InvalidArgument."""
+    require_same(first, second)
+    a, b = first.layout, second.layout
+    if a.spaces == b.spaces:
+        every = np.arange(len(a.number))
+        return every, every, a.products
+    for name in a.spaces.keys() & b.spaces.keys():
+        if a.spaces[name] != b.spaces[name]:
+            ways = " and by ".join(" ".join(map(str, space[:2])) for space in (a.spaces[name], b.spaces[name]))
+            raise InvalidArgument(f"the experts change {name} in ways that cannot be compared, by {ways}")
+    names = [name for name in a.number if name in b.number]
+    ours, theirs = (np.array([layout.number[name] for name in names], np.int64) for layout in (a, b))
+    return ours, theirs, [name for name in a.products if name in b.products]
+
+
+def _agreements(first: Bitmasks, second: Bitmasks, ours: I64, theirs: I64) -> I64:
+    """int64[k, 2], of each pair of direct changes: positions that both change with the same sign, and with different ones."""
+    starts, others, lengths = first.layout.start[ours], second.layout.start[theirs], first.layout.length[ours]
+    if first.device.type != "cpu":
+        parts = _chosen(first.words, starts, lengths), _chosen(second.words, others, lengths)
+        return torch_bits.agreements(*parts, lengths.tolist()).cpu().numpy()
+    found = np.empty((lengths.size, 2), np.int64)
+    bits.agreements(array(first.words), array(second.words), starts, others, lengths, found)
+    return found
+
+
+def _populations(masks: Bitmasks) -> I64:
+    """int64[k], the non-zeros of each direct change."""
+    starts, lengths = masks.layout.start, masks.layout.length
+    if masks.device.type != "cpu":
+        return torch_bits.populations(_chosen(masks.words, starts, lengths), lengths.tolist()).cpu().numpy()
+    found = np.empty(lengths.size, np.int64)
+    bits.populations(array(masks.words), starts, lengths, found)
+    return found
+
+
+def _chosen(words: torch.Tensor, starts: I64, lengths: I64) -> torch.Tensor:
+    """Segments one after another: the words as they are, where they are all of them."""
+    if int(lengths.sum()) == words.shape[1]:
+        return words
+    segments = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return torch.cat([words[:, :0], *(words[:, start : start + length] for start, length in segments)], dim=1)
+
+
+def _factors(masks: Bitmasks, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels of A [r, in] and B [out, r], in float64, which holds their products exactly."""
+    A, B = (masks.tensors[f"{name}.lora_{letter}"].levels() for letter in "AB")
+    return A.flatten(1).double(), B.flatten(1).double()
+
+
+def _inner(first: Bitmasks, second: Bitmasks, name: str) -> float:
+    """<s1 B1 A1, s2 B2 A2> by way of r x r matrices."""
+    (A1, B1), (A2, B2) = _factors(first, name), _factors(second, name)
+    levels = float(((B1.T @ B2) * (A1 @ A2.T)).sum())
+    scales = [change.A.scale * change.B.scale * change.scaling for change in (first.layout.products[name], second.layout.products[name])]
+    return scales[0] * scales[1] * levels
+
+
+def _rows(masks: Bitmasks, name: str) -> Iterator[torch.Tensor]:
+    """B A with the sign of its scaling, some rows at a time: float64[rows, in]."""
+    A, B = _factors(masks, name)
+    sign = math.copysign(1.0, masks.layout.products[name].scaling)
+    for part in torch.split(B, max(_ENTRIES // max(A.shape[1], 1), 1)):
+        yield sign * (part @ A)

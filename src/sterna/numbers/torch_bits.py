@@ -1,0 +1,59 @@
+"""What `bits` does, through torch operations, on any device: `words` is int64[2, n] there, of the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def population(words: torch.Tensor) -> torch.Tensor:
+    """Set bits of each int64, int64 of the same shape: sums over neighbours of 1, 2 and 4 bits, then of bytes by a multiplication."""
+    pairs = words - (words >> 1 & 0x5555555555555555)
+    nibbles = (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333)
+    octets = nibbles + (nibbles >> 4) & 0x0F0F0F0F0F0F0F0F
+    return octets * 0x0101010101010101 >> 56
+
+
+def agreements(first: torch.Tensor, second: torch.Tensor, length: Sequence[int]) -> torch.Tensor:
+    """int64[k, 2]: positions where both are not zero, with equal signs and with different ones, of each segment (of `length` words, in a row)."""
+    same = first & second
+    cross = first & second.flip(0)
+    both = torch.stack([population(same[0] | same[1]), population(cross[0] | cross[1])])
+    return _by_segment(both, length).T
+
+
+def populations(words: torch.Tensor, length: Sequence[int]) -> torch.Tensor:
+    """Non-zeros of each segment, int64[k]."""
+    return _by_segment(population(words[0] | words[1]), length)
+
+
+def _by_segment(counts: torch.Tensor, length: Sequence[int]) -> torch.Tensor:
+    """Sums over the last axis, by segment."""
+    ends = torch.tensor(length, dtype=torch.int64, device=counts.device).cumsum(0)
+    totals = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
+    return totals[..., torch.nn.functional.pad(ends, (1, 0))].diff(dim=-1)
+
+
+def unpacked(words: torch.Tensor) -> torch.Tensor:
+    """The levels of words int64[2, n]: int8[64 * n]."""
+    places = torch.arange(8, dtype=torch.uint8, device=words.device)
+    octets = words.contiguous().view(torch.uint8)
+    bits = (octets.unsqueeze(-1) >> places & 1).view(torch.int8).flatten(1)
+    return bits[0] - bits[1]
+
+
+def summed(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the levels of vectors of one size, as `bits.summed` gives it."""
+    total = unpacked(masks[0]).to(torch.int8 if len(masks) < 128 else torch.int16)
+    for words in masks[1:]:
+        total += unpacked(words)
+    return total
+
+
+def weighted(groups: dict[float, list[torch.Tensor]]) -> torch.Tensor:
+    """As `bits.weighted`."""
+    total = torch.zeros((), device=next(iter(groups.values()))[0].device)
+    for weight in sorted(groups, key=lambda weight: (abs(weight), weight)):
+        total = total + weight * summed(groups[weight]).float()
+    return total
