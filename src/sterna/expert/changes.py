@@ -30,7 +30,7 @@ VALUES = "sterna.values"
 """The file's name of a masked change's exact values."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Ternary:
     """One coded tensor of levels -1, 0, +1, worth `scale * level` (scale a float32 value).
 

@@ -12,6 +12,7 @@ import torch
 from sterna.codings import I64
 from sterna.expert.changes import Factors, Joined, Masked, Ternary
 from sterna.expert.expert import masked_parts, masked_value
+from sterna.live.device import AddMasks
 from sterna.live.kernels import AHEAD, BF16, FLOAT, FP16, add, add_product, restore
 
 NATIVE = {torch.float32: (np.float32, FLOAT), torch.float64: (np.float64, FLOAT), torch.bfloat16: (np.uint16, BF16), torch.float16: (np.uint16, FP16)}
@@ -242,7 +243,9 @@ def sparse_adds(tensors: Sequence[torch.Tensor], adds: Joined) -> list[Step]:
     groups: dict[torch.dtype, list[int]] = {}
     steps: list[Step] = []
     for number, (tensor, ternary) in enumerate(zip(tensors, adds.ternaries, strict=True)):
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
+        if tensor.device.type != "cpu":
+            steps.append(AddMasks(tensor, ternary))
+        elif tensor.is_contiguous():
             groups.setdefault(tensor.dtype, []).append(number)
         else:
             steps.append(ScatteredAdd(tensor, ternary))
