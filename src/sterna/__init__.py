@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _WHERE = {
+    "Bitmasks": "sterna.bitmasks",
     "Expert": "sterna.expert.expert",
     "Fingerprint": "sterna.fingerprint",
     "HiWi": "sterna.tuning.hiwi",
@@ -29,12 +30,15 @@ _WHERE = {
     "compress": "sterna.compression",
     "inspect": "sterna.summary",
     "load": "sterna.expert.file",
+    "recode": "sterna.recoding",
+    "similarity": "sterna.similarities",
     "tune": "sterna.tuning.tuning",
     "verify": "sterna.verification",
 }
 
 if TYPE_CHECKING:
     from sterna.applying import apply as apply
+    from sterna.bitmasks import Bitmasks as Bitmasks
     from sterna.compression import compress as compress
     from sterna.errors import SternaError as SternaError
     from sterna.expert.expert import Expert as Expert
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
     from sterna.live.patch import attach as attach
     from sterna.live.patch import attached as attached
     from sterna.live.patch import attached_to as attached_to
+    from sterna.recoding import recode as recode
+    from sterna.similarities import similarity as similarity
     from sterna.summary import inspect as inspect
     from sterna.tuning.hiwi import HiWi as HiWi
     from sterna.tuning.pafi import PaFi as PaFi
@@ -52,8 +58,8 @@ if TYPE_CHECKING:
     from sterna.tuning.tuning import tune as tune
     from sterna.verification import verify as verify
 
-__all__ = ["Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
-__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "tune", "verify"]
+__all__ = ["Bitmasks", "Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
+__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "recode", "similarity", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

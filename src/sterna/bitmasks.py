@@ -84,7 +84,7 @@ class Layout:
 
     @classmethod
     def of(cls, changes: Sequence[Leveled]) -> Layout:
-        widths = [sum(map(_words, change.ternaries)) for change in changes]
+        widths = [sum(map(words_of, change.ternaries)) for change in changes]
         starts = accumulate(widths, initial=0)
         direct = [(change, start, width) for change, start, width in zip(changes, starts, widths, strict=False) if not isinstance(change, Factors)]
         return cls(
@@ -129,8 +129,8 @@ class Bitmasks:
         """The masks by key, as views: the base's name of the tensor (of the first one under PaFi's mask), with `.lora_A` or `.lora_B` for factors."""
         ternaries = [ternary for change in self.changes for ternary in change.ternaries]
         keys = [key for change in self.changes for key in keys_of(change)]
-        starts = accumulate(map(_words, ternaries), initial=0)
-        views = [self.words[:, start : start + _words(ternary)] for ternary, start in zip(ternaries, starts, strict=False)]
+        starts = accumulate(map(words_of, ternaries), initial=0)
+        views = [self.words[:, start : start + words_of(ternary)] for ternary, start in zip(ternaries, starts, strict=False)]
         return {key: Masks(view, ternary.shape, ternary.scale) for key, ternary, view in zip(keys, ternaries, views, strict=True)}
 
     def dot(self, other: Bitmasks) -> float:
@@ -166,18 +166,23 @@ def bitmasks(expert: Expert, names: Collection[str] | None = None) -> Bitmasks:
     Heads, buffers, gained rows and saved modules are no part of it. Raises InvalidArgument for exact values of PaFi and HiWi, which have no levels,
     and where the masks would take more memory than the file justifies; InvalidFile where a stream is damaged.
     """
+    changes = leveled(expert, names)
+    ternaries = [ternary for change in changes for ternary in change.ternaries]
+    wanted = 16 * sum(map(words_of, ternaries))
+    allowed = max(DENSE_FREE, DENSE_RATIO * sum(ternary.stop - ternary.start for ternary in ternaries))
+    if wanted > allowed:
+        raise InvalidArgument(f"the bit masks take {wanted:,} bytes, more than the {allowed:,} that the coded ones justify")
+    return Bitmasks(expert.facts.base, changes, _packed(ternaries))
+
+
+def leveled(expert: Expert, names: Collection[str] | None = None) -> tuple[Leveled, ...]:
+    """The changes (of those names) that are made of levels, in their order. Raises InvalidArgument for exact values of PaFi and HiWi."""
     picked = [change for change in expert.changes if names is None or change.name in names]
     exact = [change.name for change in picked if is_tuned(change) and not change.ternaries]
     if exact:
         more = f" (and {len(exact) - 1} more)" if exact[1:] else ""
         raise InvalidArgument(f"the expert holds exact values for {exact[0]}{more}, which bit masks cannot: compress it over its base first")
-    changes = tuple(change for change in picked if isinstance(change, Add | Factors | Multiply | Masked))
-    ternaries = [ternary for change in changes for ternary in change.ternaries]
-    wanted = 16 * sum(map(_words, ternaries))
-    allowed = max(DENSE_FREE, DENSE_RATIO * sum(ternary.stop - ternary.start for ternary in ternaries))
-    if wanted > allowed:
-        raise InvalidArgument(f"the bit masks take {wanted:,} bytes, more than the {allowed:,} that the coded ones justify")
-    return Bitmasks(expert.facts.base, changes, _packed(ternaries))
+    return tuple(change for change in picked if isinstance(change, Add | Factors | Multiply | Masked))
 
 
 def keys_of(change: Leveled) -> tuple[str, ...]:
@@ -185,13 +190,14 @@ def keys_of(change: Leveled) -> tuple[str, ...]:
     return (f"{change.name}.lora_A", f"{change.name}.lora_B") if isinstance(change, Factors) else (change.name,)
 
 
-def _words(ternary: Ternary) -> int:
+def words_of(ternary: Ternary) -> int:
+    """Words that each of a tensor's two masks takes."""
     return -(-ternary.size // WORD)
 
 
 def _packed(ternaries: Sequence[Ternary]) -> torch.Tensor:
     """The masks of coded tensors one after another, int64[2, n]."""
-    starts = list(accumulate(map(_words, ternaries), initial=0))
+    starts = list(accumulate(map(words_of, ternaries), initial=0))
     words = np.zeros((2, starts[-1]), np.uint64)
     for _, group in groupby(zip(ternaries, starts, strict=False), key=lambda one: (id(one[0].data), one[0].coding.number)):
         members, firsts = zip(*group, strict=True)

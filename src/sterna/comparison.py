@@ -24,7 +24,7 @@ from sterna.numbers import bits, torch_bits
 from sterna.numbers.bits import I64, array
 
 if TYPE_CHECKING:
-    from sterna.bitmasks import Bitmasks
+    from sterna.bitmasks import Bitmasks, Layout
 
 _ENTRIES = 1 << 20
 """Entries of a LoRA's product that are made at a time."""
@@ -65,7 +65,7 @@ def square(masks: Bitmasks) -> float:
 
 def cosine(dot: float, square: float, other: float) -> float:
     """dot / sqrt(square * other), within -1 and 1 whatever rounding does; NaN where a square is 0."""
-    return max(-1.0, min(dot / math.sqrt(square) / math.sqrt(other), 1.0)) if square and other else math.nan
+    return max(-1.0, min(dot / math.sqrt(square * other), 1.0)) if square and other else math.nan
 
 
 def nonzeros(masks: Bitmasks) -> int:
@@ -98,6 +98,15 @@ def require_same(first: Bitmasks, second: Bitmasks) -> None:
         raise InvalidArgument(f"one expert's masks are on {first.device}, the other's on {second.device}; move one of them with `to`")
 
 
+def require_comparable(first: Layout, second: Layout) -> None:
+    """Raise InvalidArgument where two experts change one tensor in ways that have no positions in common."""
+    for name in sorted(first.spaces.keys() & second.spaces.keys()):
+        ours, theirs = first.spaces[name], second.spaces[name]
+        if ours != theirs:
+            ways = " and by ".join(" ".join(map(str, space[:2])) for space in (ours, theirs))
+            raise InvalidArgument(f"{name} is changed in ways that cannot be compared: by {ways}")
+
+
 def _both(first: Bitmasks, second: Bitmasks) -> tuple[I64, I64, Iterable[str]]:
     """What both experts change: the rows of direct changes in each one's layout, and the names of products. Raises WrongBase or InvalidArgument."""
     require_same(first, second)
@@ -105,10 +114,7 @@ def _both(first: Bitmasks, second: Bitmasks) -> tuple[I64, I64, Iterable[str]]:
     if a.spaces == b.spaces:
         every = np.arange(len(a.number))
         return every, every, a.products
-    for name in a.spaces.keys() & b.spaces.keys():
-        if a.spaces[name] != b.spaces[name]:
-            ways = " and by ".join(" ".join(map(str, space[:2])) for space in (a.spaces[name], b.spaces[name]))
-            raise InvalidArgument(f"the experts change {name} in ways that cannot be compared, by {ways}")
+    require_comparable(a, b)
     names = [name for name in a.number if name in b.number]
     ours, theirs = (np.array([layout.number[name] for name in names], np.int64) for layout in (a, b))
     return ours, theirs, [name for name in a.products if name in b.products]

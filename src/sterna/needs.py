@@ -1,4 +1,4 @@
-"""What training and the demo need beyond the core: imported when it is used, with one clear error where it is missing, and kept quiet."""
+"""What training, charts and the demo need beyond the core: imported when it is used, with one clear error where it is missing, and kept quiet."""
 
 from __future__ import annotations
 
