@@ -12,7 +12,7 @@ from sterna.codings import CHUNK
 from sterna.comparison import require_same
 from sterna.errors import InvalidArgument
 from sterna.numbers import bits, torch_bits
-from sterna.numbers.bits import WORD, array
+from sterna.numbers.bits import WORD, array, compiled
 from sterna.streaming import ordered
 
 
@@ -41,12 +41,12 @@ def sums(experts: Sequence[Bitmasks], key: str, weights: Sequence[float] | None 
 
 
 def _blocks(size: int, groups: dict[float, list[torch.Tensor]], weighted: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    device = next(iter(groups.values()))[0].device
+    by_loops = compiled(next(iter(groups.values()))[0])
 
     def block(start: int) -> torch.Tensor:
         part = slice(start // WORD, -(-min(start + CHUNK, size) // WORD))
         masks = {weight: [words[:, part] for words in group] for weight, group in groups.items()}
-        if device.type != "cpu":
+        if not by_loops:
             out = torch_bits.weighted(masks) if weighted else torch_bits.summed(masks[1.0])
         else:
             arrays = {weight: list(map(array, group)) for weight, group in masks.items()}
@@ -54,4 +54,4 @@ def _blocks(size: int, groups: dict[float, list[torch.Tensor]], weighted: bool) 
         return out[: size - start]
 
     starts = range(0, size, CHUNK)
-    return ordered(block, starts) if device.type == "cpu" else ((start, block(start)) for start in starts)
+    return ordered(block, starts) if by_loops else ((start, block(start)) for start in starts)

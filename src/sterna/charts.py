@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sterna.errors import InvalidArgument
+from sterna.errors import CannotWrite, InvalidArgument
 from sterna.needs import needed
-from sterna.numbers.bits import F64
-from sterna.similarities import Similarity
 from sterna.writing import whole_file
+
+if TYPE_CHECKING:
+    from sterna.numbers.bits import F64
+    from sterna.similarities import Similarity
 
 SUFFIXES = (".png", ".svg")
 
@@ -25,9 +27,11 @@ _BAR, _GAP, _TITLES = 0.12, 0.85, 0.75
 
 
 def check_chart(path: str | os.PathLike[str]) -> None:
-    """Raise InvalidArgument for a file that is no picture, MissingDependency where matplotlib is not installed."""
+    """Raise InvalidArgument for a file that is no picture, CannotWrite without its folder, MissingDependency where matplotlib is not installed."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise InvalidArgument(f"the chart is to be {path}; expected a file that ends in {' or '.join(SUFFIXES)}")
+    if not Path(path).parent.is_dir():
+        raise CannotWrite(f"{Path(path).parent} is not a folder; create it first")
     needed("matplotlib", "sterna[charts]")
 
 

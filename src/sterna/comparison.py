@@ -21,7 +21,7 @@ import torch
 
 from sterna.errors import InvalidArgument, WrongBase
 from sterna.numbers import bits, torch_bits
-from sterna.numbers.bits import I64, array
+from sterna.numbers.bits import I64, array, compiled
 
 if TYPE_CHECKING:
     from sterna.bitmasks import Bitmasks, Layout
@@ -123,7 +123,7 @@ def _both(first: Bitmasks, second: Bitmasks) -> tuple[I64, I64, Iterable[str]]:
 def _agreements(first: Bitmasks, second: Bitmasks, ours: I64, theirs: I64) -> I64:
     """int64[k, 2], of each pair of direct changes: positions that both change with the same sign, and with different ones."""
     starts, others, lengths = first.layout.start[ours], second.layout.start[theirs], first.layout.length[ours]
-    if first.device.type != "cpu":
+    if not compiled(first.words):
         parts = _chosen(first.words, starts, lengths), _chosen(second.words, others, lengths)
         return torch_bits.agreements(*parts, lengths.tolist()).cpu().numpy()
     found = np.empty((lengths.size, 2), np.int64)
@@ -134,7 +134,7 @@ def _agreements(first: Bitmasks, second: Bitmasks, ours: I64, theirs: I64) -> I6
 def _populations(masks: Bitmasks) -> I64:
     """int64[k], the non-zeros of each direct change."""
     starts, lengths = masks.layout.start, masks.layout.length
-    if masks.device.type != "cpu":
+    if not compiled(masks.words):
         return torch_bits.populations(_chosen(masks.words, starts, lengths), lengths.tolist()).cpu().numpy()
     found = np.empty(lengths.size, np.int64)
     bits.populations(array(masks.words), starts, lengths, found)

@@ -26,6 +26,11 @@ TILE = 2048
 _U = np.uint64
 
 
+def compiled(words: torch.Tensor) -> bool:
+    """Whether these loops work on the tensor: it is in CPU memory. Elsewhere torch does, by `torch_bits`."""
+    return words.device.type == "cpu"
+
+
 def array(words: torch.Tensor) -> U64:
     """The memory of an int64 tensor, as the loops take it."""
     return words.numpy().view(np.uint64)

@@ -38,7 +38,7 @@ def _by_segment(counts: torch.Tensor, length: Sequence[int]) -> torch.Tensor:
 def unpacked(words: torch.Tensor) -> torch.Tensor:
     """The levels of words int64[2, n]: int8[64 * n]."""
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.contiguous().view(torch.uint8) if words.numel() else words.to(torch.uint8)  # whose strides torch may not let it view
     bits = (octets.unsqueeze(-1) >> places & 1).view(torch.int8).flatten(1)
     return bits[0] - bits[1]
 
