@@ -30,6 +30,7 @@ _WHERE = {
     "compress": "sterna.compression",
     "inspect": "sterna.summary",
     "load": "sterna.expert.file",
+    "recode": "sterna.recoding",
     "similarity": "sterna.similarities",
     "tune": "sterna.tuning.tuning",
     "verify": "sterna.verification",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from sterna.live.patch import attach as attach
     from sterna.live.patch import attached as attached
     from sterna.live.patch import attached_to as attached_to
+    from sterna.recoding import recode as recode
     from sterna.similarities import similarity as similarity
     from sterna.summary import inspect as inspect
     from sterna.tuning.hiwi import HiWi as HiWi
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from sterna.verification import verify as verify
 
 __all__ = ["Bitmasks", "Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
-__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "similarity", "tune", "verify"]
+__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "recode", "similarity", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

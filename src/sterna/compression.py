@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sterna import __version__
-from sterna.codings import by_name
+from sterna.codings import DEFAULT, Sequential, by_name, default_coding
 from sterna.compeft import check_options, ternarize
 from sterna.errors import InvalidArgument, PairingError
 from sterna.expert.changes import Set
@@ -19,6 +19,7 @@ from sterna.expert.file import refuse_unwritable
 from sterna.fingerprint import HASHED_DTYPES, Fingerprint, fingerprint
 from sterna.precision import HeadPrecision, check_head, stored
 from sterna.progress import Progress, silent
+from sterna.recoding import recoded
 from sterna.sources.adapted import adapted
 from sterna.sources.adapter import is_adapter, read_adapter
 from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint, resolve
@@ -41,7 +42,7 @@ def compress(
     exclude: Sequence[str] = (),
     head: HeadPrecision = "exact",
     force: bool = False,
-    coding: str = "rice",
+    coding: str = DEFAULT,
     metadata: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = silent,
@@ -78,7 +79,10 @@ def compress(
     for change in exact:
         refuse_unwritable(change)
     mark = before.fingerprint if before is not None else base_fingerprint(ours, progress)
-    levels, norm = ternarize(task.pieces, density=density, alpha=alpha, per_tensor=scope == "tensor", coding=chosen, progress=progress)
+    block = default_coding() if isinstance(chosen, Sequential) else chosen
+    levels, norm = ternarize(task.pieces, density=density, alpha=alpha, per_tensor=scope == "tensor", coding=block, progress=progress)
+    if isinstance(chosen, Sequential):
+        levels = recoded(levels, chosen, progress)
     if task.norm is not None:
         _refuse_strangers(norm, task.norm(), force, warn)
     if not any(ternary.count for ternary in levels):

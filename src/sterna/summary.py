@@ -46,7 +46,8 @@ class Summary:
 
     `parameters` is d, the length of the task vector; `bits_per_parameter` counts streams and table, exact tensors not; `entropy_bits_per_parameter`
     is the i.i.d. entropy of a ternary vector with this many non-zeros and signs; `ratio_to_16bit` is a 16-bit copy of the task vector and the exact
-    tensors over `bytes`; of the whole base and the head, where PaFi or HiWi trained it.
+    tensors over `bytes`; of the whole base and the head, where PaFi or HiWi trained it. `coding` is the name of the streams'
+    coding, None where there are none.
     """
 
     facts: Facts
@@ -64,6 +65,7 @@ class Summary:
     entropy_bits_per_parameter: float
     ratio_to_16bit: float
     mask: MaskSummary | None
+    coding: str | None
     tensors: tuple[TensorSummary, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
         entropy_bits_per_parameter=ternary_entropy(nonzeros / entries) if entries else 0.0,
         ratio_to_16bit=2 * _fully_tuned(expert, entries) / size,
         mask=next((_mask(expert.facts, change) for change in expert.changes if isinstance(change, Masked)), None),
+        coding="+".join(sorted({ternary.coding.name for ternary in expert.ternaries})) or None,
         tensors=tensors,
     )
 

@@ -1,13 +1,13 @@
 """Codings: how the non-zeros of one ternary tensor become bytes and back.
 
-A coding cuts a tensor into blocks that decode alone. Everything outside this folder sees only `Coding`, `Blocks` and *codes*:
-a uint32 a non-zero, `position in its block << 1 | negative`, positions ascending.
+A block coding cuts a tensor into blocks that decode alone, a sequential one codes it as a whole. Everything outside this folder sees only
+`Coding`, `Blocks`, `Sequential` and *codes*: a uint32 a non-zero, `position in its block << 1 | negative`, positions ascending.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,12 @@ I64 = NDArray[np.int64]
 
 CHUNK = 1 << 20
 """Entries that are encoded at a time; every block lies inside one chunk."""
+
+DEFAULT = "fast"
+"""The name of `default_coding`."""
+
+ENTRIES_A_BYTE = 2048
+"""A file has at least a byte for so many entries of sequential codings, so that the time to decode them is bounded by its size."""
 
 PADDING = 16
 """Bytes that must follow a stream in memory, so that a kernel may load a whole word at its end."""
@@ -40,6 +46,9 @@ class Blocks:
         return int(self.start.size)
 
 
+NO_BLOCKS = Blocks(*(np.empty(0, np.int64) for _ in Blocks.__slots__))
+
+
 class Coding(Protocol):
     """One way to store ternary tensors. A stream is the records of its tensor's chunks, one after another."""
 
@@ -56,13 +65,34 @@ class Coding(Protocol):
         """
 
     def decode(self, data: U8, blocks: Blocks, first: int, last: int, codes: U32) -> None:
-        """Write the codes of blocks[first:last] one after another. Raises InvalidFile where a block does not decode within its bounds."""
+        """Write the codes of blocks[first:last] one after another; `codes` has room for 8 more. Raises InvalidFile where one leaves its bounds."""
 
 
-_REGISTERED: dict[str, Coding] = {}
+@runtime_checkable
+class Sequential(Protocol):
+    """A coding that can only be read from a tensor's beginning to its end: smaller and slower. In memory its tensors become a block coding's."""
+
+    name: str
+    number: int
+
+    def pack(self, codes: I64, shape: tuple[int, ...]) -> bytes:
+        """The stream of a whole tensor. `codes`, int64: flat index << 1 | negative, ascending."""
+
+    def count(self, data: U8, start: int, stop: int, shape: tuple[int, ...]) -> int:
+        """Non-zeros of the stream data[start:stop]. Raises InvalidFile where the tensor cannot have so many, or the bytes do not justify them."""
+
+    def unpack(self, data: U8, start: int, stop: int, shape: tuple[int, ...]) -> I64:
+        """The codes. Raises InvalidFile where the stream does not decode; memory stays in proportion to its bytes, time to the tensor's entries."""
 
 
-def register(coding: Coding) -> Coding:
+AnyCoding = Coding | Sequential
+
+_REGISTERED: dict[str, AnyCoding] = {}
+
+C = TypeVar("C", Coding, Sequential)
+
+
+def register(coding: C) -> C:
     """Make a coding known by its name and number."""
     if any(coding.name == other.name or coding.number == other.number for other in _REGISTERED.values()):
         raise ValueError(f"a coding named {coding.name!r} or numbered {coding.number} is registered already")
@@ -70,7 +100,7 @@ def register(coding: Coding) -> Coding:
     return coding
 
 
-def by_name(name: str) -> Coding:
+def by_name(name: str) -> AnyCoding:
     """The coding of that name; KeyError with the known names otherwise."""
     _load()
     try:
@@ -79,7 +109,14 @@ def by_name(name: str) -> Coding:
         raise KeyError(f"no coding named {name!r}; known: {', '.join(sorted(_REGISTERED))}") from None
 
 
-def by_number(number: int) -> Coding:
+def default_coding() -> Coding:
+    """The block coding that experts are written with, and that any other becomes in memory before it is attached."""
+    coding = by_name(DEFAULT)
+    assert not isinstance(coding, Sequential)
+    return coding
+
+
+def by_number(number: int) -> AnyCoding:
     """The coding that a file names by number; InvalidFile for one that this version does not know."""
     _load()
     for coding in _REGISTERED.values():
@@ -90,4 +127,4 @@ def by_number(number: int) -> Coding:
 
 
 def _load() -> None:
-    from sterna.codings import rice  # noqa: F401  (registers itself)
+    from sterna.codings import fast, rice, small  # noqa: F401  (they register themselves)

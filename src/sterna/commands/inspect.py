@@ -41,6 +41,7 @@ def _facts(summary: Summary) -> Table:
     bits, entropy = summary.bits_per_parameter, summary.entropy_bits_per_parameter
     unchanged = "" if facts.method == "exact" else "nothing is changed"
     coded = summary.bytes_streams + summary.bytes_table
+    coding = f" ({summary.coding})" if summary.coding else ""
     rows = {
         "method": f"{'exact values' if facts.method == 'exact' else facts.method} of a {_SOURCES[facts.source]}",
         "density": f"{facts.density:g}, alpha {facts.alpha:g}, {scale}" if facts.density is not None else "",
@@ -49,7 +50,7 @@ def _facts(summary: Summary) -> Table:
         "base": f"{base.name}{f'@{base.revision}' if base.revision else ''}, {base.parameters:,} parameters",
         "fingerprint": base.fingerprint,
         "class": facts.architecture or "",
-        "file": f"{summary.bytes:,} bytes ({size(summary.bytes)}): {coded:,} coded, {_exact(summary)}, {summary.bytes_header:,} header",
+        "file": f"{summary.bytes:,} bytes ({size(summary.bytes)}): {coded:,} coded{coding}, {_exact(summary)}, {summary.bytes_header:,} header",
         "against 16 bit": f"{summary.ratio_to_16bit:.1f} times smaller than a 16-bit delta",
         "bits a parameter": f"{bits:.4f} coded; i.i.d. entropy {entropy:.4f}, ratio {bits / entropy:.3f}" if entropy else unchanged,
         "non-zeros": f"{summary.nonzeros:,} of {summary.parameters:,}" if facts.method != "exact" else "",

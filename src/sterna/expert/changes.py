@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sterna.codings import CHUNK, I64, U8, U32, Blocks, Coding
+from sterna.codings import CHUNK, I64, NO_BLOCKS, U8, U32, AnyCoding, Blocks, Sequential
 from sterna.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -34,30 +34,30 @@ VALUES = "sterna.values"
 class Ternary:
     """One coded tensor of levels -1, 0, +1, worth `scale * level` (scale a float32 value).
 
-    `data[start:stop]` (uint8, followed by at least `codings.PADDING` bytes) is the stream; `blocks` are its parts, with offsets counted in `data`.
+    `data[start:stop]` (uint8, followed by at least `codings.PADDING` bytes) is the stream; `count` the non-zeros; `blocks` its parts, with offsets
+    counted in `data` (none under a sequential coding).
     """
 
     shape: tuple[int, ...]
     scale: float
-    coding: Coding
+    coding: AnyCoding
     data: U8
     start: int
     stop: int
+    count: int
     blocks: Blocks
 
     @classmethod
-    def open(cls, shape: tuple[int, ...], scale: float, coding: Coding, data: U8, start: int, stop: int) -> Ternary:
-        """Read and check the stream's index; InvalidFile where it is not well-formed."""
-        return cls(shape, scale, coding, data, start, stop, coding.blocks(data, start, stop, math.prod(shape)))
+    def open(cls, shape: tuple[int, ...], scale: float, coding: AnyCoding, data: U8, start: int, stop: int) -> Ternary:
+        """Read and check the stream's count or index; InvalidFile where it is not well-formed."""
+        if isinstance(coding, Sequential):
+            return cls(shape, scale, coding, data, start, stop, coding.count(data, start, stop, shape), NO_BLOCKS)
+        blocks = coding.blocks(data, start, stop, math.prod(shape))
+        return cls(shape, scale, coding, data, start, stop, int(blocks.count.sum()), blocks)
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def count(self) -> int:
-        """Non-zeros."""
-        return int(self.blocks.count.sum())
 
     @property
     def stream(self) -> U8:
@@ -65,11 +65,17 @@ class Ternary:
 
     def batches(self) -> Iterator[I64]:
         """The codes, int64: flat index << 1 | negative, ascending, at most 2 * CHUNK at a time. Raises InvalidFile where the stream is damaged."""
+        if isinstance(self.coding, Sequential):
+            whole = self.coding.unpack(self.data, self.start, self.stop, self.shape)
+            for first in range(0, self.count, 2 * CHUNK):
+                yield whole[first : first + 2 * CHUNK]
+            return
         ends = np.cumsum(self.blocks.count)
-        codes = np.empty(min(self.count, 2 * CHUNK), np.uint32)  # any one block fits
+        many = min(self.count, 2 * CHUNK)  # any one block fits
+        codes = np.empty(many + 8, np.uint32)
         first = done = 0
         while first < len(self.blocks):
-            last = int(np.searchsorted(ends, done + codes.size, side="right"))
+            last = int(np.searchsorted(ends, done + many, side="right"))
             count = int(ends[last - 1]) - done
             self.coding.decode(self.data, self.blocks, first, last, codes)
             flat: I64 = codes[:count].astype(np.int64)
@@ -94,7 +100,7 @@ class Joined:
     """The blocks of many ternary tensors in one row, and the batches in which they are decoded: about BATCH non-zeros, whose codes stay in cache.
 
     Columns with a value for each block: `tensor` its number among `ternaries`, `scales`, and `saved_from`, the non-zeros before it.
-    Batch i has the blocks batches[i]:batches[i + 1]; `room` is the most non-zeros in one.
+    Batch i has the blocks batches[i]:batches[i + 1]; `room` is what the codes of one take.
     """
 
     ternaries: tuple[Ternary, ...]
@@ -108,9 +114,9 @@ class Joined:
 
     @classmethod
     def of(cls, ternaries: Sequence[Ternary]) -> Joined:
-        """Join tensors that lie in one buffer, under one coding; ValueError otherwise."""
-        if any(t.data is not ternaries[0].data or t.coding is not ternaries[0].coding for t in ternaries):
-            raise ValueError("the ternary tensors of one expert lie in one buffer, under one coding")
+        """Join tensors that lie in one buffer, under one block coding; ValueError otherwise."""
+        if any(t.data is not ternaries[0].data or t.coding is not ternaries[0].coding or isinstance(t.coding, Sequential) for t in ternaries):
+            raise ValueError("ternary tensors are joined that do not lie in one buffer, under one block coding")
         lengths = [len(t.blocks) for t in ternaries]
         empty = np.empty(0, np.int64)
         blocks = Blocks(*(np.concatenate([empty, *(getattr(t.blocks, column) for t in ternaries)]) for column in Blocks.__slots__))
@@ -119,14 +125,16 @@ class Joined:
         count = int(ends[-1]) if ends.size else 0
         starts = np.searchsorted(saved_from, np.arange(0, max(count, 1), BATCH)).tolist()
         batches = list(dict.fromkeys([0, *starts, len(blocks)]))
-        room = max((int(ends[last - 1] - saved_from[first]) for first, last in pairwise(batches)), default=0)
+        room = 8 + max((int(ends[last - 1] - saved_from[first]) for first, last in pairwise(batches)), default=0)
         scales = np.repeat(np.array([t.scale for t in ternaries], np.float32), lengths)
         return cls(tuple(ternaries), blocks, np.repeat(np.arange(len(ternaries)), lengths), scales, saved_from, count, batches, room)
 
     def decode(self, batch: int, codes: U32) -> tuple[int, int]:
         """Write the batch's codes, counted in their blocks, and return its first block and the one after its last. Raises InvalidFile."""
         first, last = self.batches[batch], self.batches[batch + 1]
-        self.ternaries[0].coding.decode(self.ternaries[0].data, self.blocks, first, last, codes)
+        coding = self.ternaries[0].coding
+        assert not isinstance(coding, Sequential)  # `of` saw to it
+        coding.decode(self.ternaries[0].data, self.blocks, first, last, codes)
         return first, last
 
 

@@ -113,8 +113,10 @@ class Expert:
 
     @cached_property
     def adds(self) -> Joined:
-        """The levels of the `Add` changes, in their order, joined for attaching."""
-        return Joined.of([change.levels for change in self.changes if isinstance(change, Add)])
+        """The levels of the `Add` changes, in their order, joined for attaching; decoded and coded anew, once, where their coding is sequential."""
+        from sterna.recoding import blockwise
+
+        return Joined.of(blockwise([change.levels for change in self.changes if isinstance(change, Add)]))
 
     def bitmasks(self, names: Collection[str] | None = None) -> Bitmasks:
         """The ternary changes (those of `names` alone, where given) as two bit masks a tensor, for arithmetic; see `sterna.bitmasks.bitmasks`."""

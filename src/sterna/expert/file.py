@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from sterna.codings import PADDING, U8
+from sterna.codings import ENTRIES_A_BYTE, PADDING, U8, Sequential
 from sterna.errors import InvalidArgument, InvalidFile, Unsupported
 from sterna.expert.changes import VALUES, Change, Masked
 from sterna.expert.container import CHECKSUM, ITEM_BYTES, Container, Part, parse, pieces, read
@@ -77,6 +77,13 @@ def _contradiction(facts: Facts, changes: Sequence[Change]) -> str | None:
     return None
 
 
+def _unjustified(changes: Sequence[Change]) -> str | None:
+    """Where sequential codings tell of more entries than their bytes justify the time to decode, or None."""
+    held = [t for change in changes for t in change.ternaries if isinstance(t.coding, Sequential) and t.count]
+    entries, given = sum(t.size for t in held), sum(t.stop - t.start for t in held)
+    return f"{given:,} bytes of sequential streams tell of {entries:,} entries" if entries > ENTRIES_A_BYTE * given else None
+
+
 def load(path: str | os.PathLike[str]) -> Expert:
     """Read an expert from its file, checking everything that can be checked without decoding it.
 
@@ -116,7 +123,7 @@ def from_container(container: Container) -> Expert:
     fingerprint, changes = read_table(table_bytes, digest, container.data, streams.start, streams.stop, scale, exact)
     if unread:
         raise InvalidFile(f"the file has tensors that its table does not tell of: {', '.join(repr(name[:80]) for name in sorted(unread)[:4])}")
-    if fault := _contradiction(facts, changes):
+    if fault := _contradiction(facts, changes) or _unjustified(changes):
         raise InvalidFile(f"the file's {fault}")
     return Expert(facts, fingerprint, changes, container.digest.hex(), container.data.size - PADDING)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sterna import __version__
-from sterna.codings import by_name
+from sterna.codings import default_coding
 from sterna.compeft import check_options, ternarize
 from sterna.compression import base_facts
 from sterna.errors import InvalidArgument
@@ -103,7 +103,7 @@ def _ternary(tuning: Tuning, parts: Sequence[Part], density: float, alpha: float
         pieces = [difference("values", tuple(new.shape), old, new)]
     else:
         pieces = [_moved(part) for part in parts]
-    levels, _ = ternarize(pieces, density=density, alpha=alpha, per_tensor=False, coding=by_name("rice"), progress=silent)
+    levels, _ = ternarize(pieces, density=density, alpha=alpha, per_tensor=False, coding=default_coding(), progress=silent)
     changes: list[Change] = [_change(tuning, piece.name, ternary) for piece, ternary in zip(pieces, levels, strict=True)]
     return changes, levels[0].scale, sum(piece.size for piece in pieces)
 
