@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from sterna.bitmasks import Bitmasks
@@ -12,8 +13,7 @@ from sterna.codings import CHUNK
 from sterna.comparison import require_same
 from sterna.errors import InvalidArgument
 from sterna.numbers import bits, torch_bits
-from sterna.numbers.bits import WORD, array, compiled
-from sterna.streaming import ordered
+from sterna.numbers.bits import WORD, addresses, compiled
 
 
 def sums(experts: Sequence[Bitmasks], key: str, weights: Sequence[float] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
@@ -22,7 +22,7 @@ def sums(experts: Sequence[Bitmasks], key: str, weights: Sequence[float] | None 
     `key` is one of `Bitmasks.tensors`; an expert without it adds nothing. Without weights, levels are added, so a sum is the position's vote: int8,
     int16 from 128 experts on, wide enough for 32,767. With weights, values are: the sum of weights[i] * scale_i * level_i in float32. Experts of
     equal weight * scale are counted first and their count is multiplied once; the products are added in the order of those weights' magnitudes.
-    Blocks have `codings.CHUNK` entries, the last what is left; on a CPU they are made by torch's number of threads.
+    Blocks have `codings.CHUNK` entries, the last what is left; each is made when it is asked for, on a CPU without holding Python's lock.
     Raises WrongBase for different bases, InvalidArgument for a key that none has, for shapes that differ, or weights that are not a number an expert.
     """
     if weights is not None and (len(weights) != len(experts) or not all(map(math.isfinite, weights))):
@@ -41,17 +41,14 @@ def sums(experts: Sequence[Bitmasks], key: str, weights: Sequence[float] | None 
 
 
 def _blocks(size: int, groups: dict[float, list[torch.Tensor]], weighted: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    by_loops = compiled(next(iter(groups.values()))[0])
-
-    def block(start: int) -> torch.Tensor:
-        part = slice(start // WORD, -(-min(start + CHUNK, size) // WORD))
-        masks = {weight: [words[:, part] for words in group] for weight, group in groups.items()}
-        if not by_loops:
-            out = torch_bits.weighted(masks) if weighted else torch_bits.summed(masks[1.0])
+    order = sorted(groups, key=lambda weight: (abs(weight), weight))  # whatever order the experts came in
+    masks = [words for weight in order for words in groups[weight]]
+    weights = [(weight, len(groups[weight])) for weight in order] if weighted else None
+    places = addresses(masks) if compiled(masks[0]) else None
+    for start in range(0, size, CHUNK):
+        first, last = start // WORD, -(-min(start + CHUNK, size) // WORD)
+        if places is not None:
+            out = torch.from_numpy(bits.added(places + np.uint64(8 * first), last - first, weights))
         else:
-            arrays = {weight: list(map(array, group)) for weight, group in masks.items()}
-            out = torch.from_numpy(bits.weighted(arrays) if weighted else bits.summed(arrays[1.0]))
-        return out[: size - start]
-
-    starts = range(0, size, CHUNK)
-    return ordered(block, starts) if by_loops else ((start, block(start)) for start in starts)
+            out = torch_bits.added([words[:, first:last] for words in masks], weights)
+        yield start, out[: size - start]

@@ -6,12 +6,14 @@ A *segment* is a run of words that is counted by itself: `start` its first word,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit
 from numpy.typing import NDArray
 
-from sterna.numbers.machine import add_where64, population
+from sterna.numbers.machine import add_levels64, pointer, population
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -20,8 +22,8 @@ F64 = NDArray[np.float64]
 WORD = 64
 """Positions a word."""
 
-TILE = 2048
-"""Words that `sums` takes at a time: their planes and sums stay in cache."""
+_TILE = 256
+"""Words that are added at a time: their planes and sums stay in the first cache."""
 
 _U = np.uint64
 
@@ -75,52 +77,83 @@ def populations(words, start, length, found):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def count_in(mask, planes, depth, carry):
-    """Count another mask into a bit-sliced counter: bit w of planes[k] is bit k of position w's count, which stays below 2 ** depth."""
-    size = mask.size
-    carry[:size] = mask
-    for k in range(depth):
-        for w in range(size):
-            up = planes[k, w] & carry[w]
-            planes[k, w] ^= carry[w]
-            carry[w] = up
+def _count(addresses, first, last, start, size, planes, carry):
+    """Count the masks of vectors first..last-1 in words start..start+size-1: bit w of planes[sign, k] is bit k of position w's count."""
+    planes[:] = 0
+    for number in range(first, last):
+        depth = 1
+        while (number - first + 1) >> depth:
+            depth += 1
+        for sign in range(2):
+            mask = carray(pointer(addresses[number, sign] + _U(8 * start)), (size,), np.uint64)
+            for w in range(size):
+                carry[w] = mask[w]
+            for k in range(depth):
+                for w in range(size):
+                    up = planes[sign, k, w] & carry[w]
+                    planes[sign, k, w] ^= carry[w]
+                    carry[w] = up
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def spread(plus, minus, depth, out):
-    """out[64 * w + j] = the count of position j of word w in `plus`, less that in `minus`; out is int8 or int16 [64 * words], and zero before."""
-    for w in range(_U(out.size // 64)):
-        for k in range(depth):
-            add_where64(out, w << _U(6), plus[k, w], 1 << k)
-            add_where64(out, w << _U(6), minus[k, w], -(1 << k))
+def _add_counts(planes, size, out, start):
+    """out[start + 64 * w + j] += the count of +1 of position j of word w, less that of -1."""
+    for w in range(_U(size)):
+        for k in range(planes.shape[1]):
+            add_levels64(out, _U(start) + (w << _U(6)), planes[0, k, w], planes[1, k, w], out.dtype.type(1 << k))
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def add_times(counts, weight, total):
-    """total += weight * counts, in float32; counts are int8 or int16, weight is float32."""
-    for i in range(total.size):
-        total[i] += weight * np.float32(counts[i])
+def add_levels(addresses, depth, out):
+    """out += the levels of all vectors. addresses[i] are those of vector i's masks, of out.size // 64 words; depth bits hold their number."""
+    words = out.size // WORD
+    planes, carry = np.empty((2, depth, _TILE), np.uint64), np.empty(_TILE, np.uint64)
+    for start in range(0, words, _TILE):
+        size = min(_TILE, words - start)
+        _count(addresses, 0, len(addresses), start, size, planes, carry)
+        _add_counts(planes, size, out, WORD * start)
 
 
-def summed(masks: list[U64]) -> NDArray[np.int8] | NDArray[np.int16]:
-    """The sum of the levels of vectors of one size: int8[64 * n] of masks uint64[2, n], int16 from 128 vectors on."""
-    size = masks[0].shape[1]
-    out = np.zeros(WORD * size, np.int8 if len(masks) < 128 else np.int16)
-    planes = np.empty((2, len(masks).bit_length(), min(TILE, size)), np.uint64)
-    carry = np.empty(planes.shape[2], np.uint64)
-    for start in range(0, size, TILE):
-        planes[:] = 0
-        stop = min(start + TILE, size)
-        for number, words in enumerate(masks, 1):
-            for sign in (0, 1):
-                count_in(words[sign, start:stop], planes[sign], number.bit_length(), carry)
-        spread(planes[0], planes[1], planes.shape[1], out[WORD * start : WORD * stop])
-    return out
+@njit(nogil=True, cache=True, boundscheck=False)
+def add_values(addresses, ends, weights, depth, out):
+    """out (float32) += weights[g] * (the sum of the levels of vectors ends[g - 1]..ends[g] - 1), group by group."""
+    words = out.size // WORD
+    planes, carry = np.empty((2, depth, _TILE), np.uint64), np.empty(_TILE, np.uint64)
+    counts = np.empty(WORD * _TILE, np.int16)
+    for start in range(0, words, _TILE):
+        size = min(_TILE, words - start)
+        total = out[WORD * start : WORD * (start + size)]
+        first = 0
+        for group in range(ends.size):
+            if ends[group] - first == 1:
+                plus = carray(pointer(addresses[first, 0] + _U(8 * start)), (size,), np.uint64)
+                minus = carray(pointer(addresses[first, 1] + _U(8 * start)), (size,), np.uint64)
+                for w in range(_U(size)):
+                    add_levels64(total, w << _U(6), plus[w], minus[w], weights[group])
+            else:
+                counts[:] = 0
+                _count(addresses, first, ends[group], start, size, planes, carry)
+                _add_counts(planes, size, counts, 0)
+                for i in range(total.size):
+                    total[i] += weights[group] * np.float32(counts[i])
+            first = ends[group]
 
 
-def weighted(groups: dict[float, list[U64]]) -> NDArray[np.float32]:
-    """The sum of weight * level over vectors of one size, which are given by their weights: float32[64 * n], added in the order of the magnitudes."""
-    total = np.zeros(WORD * next(iter(groups.values()))[0].shape[1], np.float32)
-    for weight in sorted(groups, key=lambda weight: (abs(weight), weight)):
-        add_times(summed(groups[weight]), np.float32(weight), total)
-    return total
+def added(places: U64, words: int, weights: Sequence[tuple[float, int]] | None = None) -> NDArray[np.int8] | NDArray[np.int16] | NDArray[np.float32]:
+    """The sum of the levels of vectors of `words` words: int8[64 * words], int16 from 128 vectors on. `places` are their `addresses`.
+
+    With `weights`, for each group of successive vectors its weight and how many they are, the sum of weight * level in float32.
+    """
+    if weights is None:
+        votes: NDArray[np.int8] | NDArray[np.int16] = np.zeros(WORD * words, np.int8) if len(places) < 128 else np.zeros(WORD * words, np.int16)
+        add_levels(places, len(places).bit_length(), votes)
+        return votes
+    values = np.zeros(WORD * words, np.float32)
+    sizes = [size for _, size in weights]
+    add_values(places, np.cumsum(sizes), np.array([weight for weight, _ in weights], np.float32), max(sizes).bit_length(), values)
+    return values
+
+
+def addresses(masks: Sequence[torch.Tensor]) -> U64:
+    """uint64[k, 2]: where the positive and the negative words of each int64[2, n] tensor begin in memory. Keep the tensors while these are used."""
+    return np.array([(words.data_ptr(), words.data_ptr() + 8 * words.stride(0)) for words in masks], np.uint64)

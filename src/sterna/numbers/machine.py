@@ -206,20 +206,32 @@ def add_lanes(typing_context: Any, values: Any, count: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def add_where64(typing_context: Any, values: Any, index: Any, word: Any, value: Any) -> Any:
-    """values[index + j] += value for each set bit j of `word`; values are integers, which wrap. No bounds check."""
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An integer address as a pointer, for numba's carray."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.uint64), codegen
+
+
+@intrinsic
+def add_levels64(typing_context: Any, values: Any, index: Any, plus: Any, minus: Any, value: Any) -> Any:
+    """values[index + j] += value * (bit j of plus - bit j of minus), for 64 j; `value` is of the array's type, integers wrap. No bounds check."""
+    whole = isinstance(values.dtype, types.Integer)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         item = context.get_value_type(signature.args[0].dtype)
         kind = ir.VectorType(item, 64)
         place = builder.bitcast(_address(context, builder, signature.args[0], args[0], args[1]), kind.as_pointer())
-        one = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(args[3], item), ir.Constant(_I32, 0))
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), args[4], ir.Constant(_I32, 0))
         splat = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, 64), [0] * 64))
-        chosen = builder.select(builder.bitcast(args[2], ir.VectorType(ir.IntType(1), 64)), splat, ir.Constant(kind, [0] * 64))
+        zeros = ir.Constant(kind, [0 if whole else 0.0] * 64)
+        up, down = (builder.select(builder.bitcast(word, ir.VectorType(ir.IntType(1), 64)), splat, zeros) for word in args[2:4])
+        add, subtract = (builder.add, builder.sub) if whole else (builder.fadd, builder.fsub)
         load = builder.load(place)
-        load.align = item.width // 8
-        store = builder.store(builder.add(load, chosen), place)
-        store.align = item.width // 8
+        store = builder.store(add(load, subtract(up, down)), place)
+        load.align = store.align = values.dtype.bitwidth // 8
         return context.get_dummy_value()
 
-    return types.void(values, types.uint64, types.uint64, types.int64), codegen
+    return types.void(values, types.uint64, types.uint64, types.uint64, values.dtype), codegen

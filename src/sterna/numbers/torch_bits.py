@@ -43,17 +43,20 @@ def unpacked(words: torch.Tensor) -> torch.Tensor:
     return bits[0] - bits[1]
 
 
-def summed(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the levels of vectors of one size, as `bits.summed` gives it."""
-    total = unpacked(masks[0]).to(torch.int8 if len(masks) < 128 else torch.int16)
-    for words in masks[1:]:
-        total += unpacked(words)
+def added(masks: Sequence[torch.Tensor], weights: Sequence[tuple[float, int]] | None = None) -> torch.Tensor:
+    """The sum of the levels of vectors of one size, as `bits.added` gives it."""
+    if weights is None:
+        return _votes(masks)
+    total = torch.zeros((), device=masks[0].device)
+    first = 0
+    for weight, size in weights:
+        total = total + weight * _votes(masks[first : first + size]).float()
+        first += size
     return total
 
 
-def weighted(groups: dict[float, list[torch.Tensor]]) -> torch.Tensor:
-    """As `bits.weighted`."""
-    total = torch.zeros((), device=next(iter(groups.values()))[0].device)
-    for weight in sorted(groups, key=lambda weight: (abs(weight), weight)):
-        total = total + weight * summed(groups[weight]).float()
+def _votes(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = unpacked(masks[0]).to(torch.int8 if len(masks) < 128 else torch.int16)
+    for words in masks[1:]:
+        total += unpacked(words)
     return total
