@@ -20,7 +20,6 @@ import atheris
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-import sterna.codings.rice  # noqa: E402, F401  (numba cannot compile instrumented code: imported before the rest is instrumented)
 
 with atheris.instrument_imports(include=["sterna.expert", "json"]):
     from hostile.craft import SPECIMENS, signed_again

@@ -17,7 +17,7 @@ from sterna.fingerprint import fingerprint
 SCALE = 0.25
 
 
-def stream_of(positions: NDArray[np.int64], negative: NDArray[np.bool_], entries: int, coding: str = "rice") -> bytes:
+def stream_of(positions: NDArray[np.int64], negative: NDArray[np.bool_], entries: int, coding: str = "fast") -> bytes:
     """The stream of a tensor of `entries` with non-zeros at the ascending `positions`."""
     records = []
     for start in range(0, entries, CHUNK):
@@ -27,7 +27,7 @@ def stream_of(positions: NDArray[np.int64], negative: NDArray[np.bool_], entries
     return b"".join(records)
 
 
-def opened(stream: bytes, shape: tuple[int, ...], scale: float = SCALE, coding: str = "rice") -> Ternary:
+def opened(stream: bytes, shape: tuple[int, ...], scale: float = SCALE, coding: str = "fast") -> Ternary:
     data = np.frombuffer(stream + bytes(PADDING), np.uint8)
     return Ternary.open(shape, scale, by_name(coding), data, 0, len(stream))
 

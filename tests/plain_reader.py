@@ -24,25 +24,57 @@ def text(data: BytesIO) -> str:
     return data.read(varint(data)).decode()
 
 
-def block_levels(bits: np.ndarray, n: int, parameter: int, entries: int) -> np.ndarray:
-    """int8[entries] from the bits of one block."""
+def positions(gaps: np.ndarray, digits: np.ndarray, quotients: np.ndarray, parameter: int) -> np.ndarray:
+    """Where the non-zeros of a block lie, from the three parts of each gap."""
+    b, tripled = parameter >> 1, parameter & 1
+    return np.cumsum(gaps + (digits << b) + (quotients * (3 if tripled else 1) << b) + 1) - 1
+
+
+def digits_of(third: np.ndarray, which: np.ndarray) -> np.ndarray:
+    digits = third.copy()
+    digits[np.flatnonzero(third)] += which
+    return digits
+
+
+def rice_levels(bits: np.ndarray, n: int, parameter: int, entries: int) -> np.ndarray:
+    """int8[entries] from the bits of one block of coding 1."""
     levels, signs, rest = np.zeros(entries, np.int8), 1 - 2 * bits[:n].astype(np.int8), bits[n:].astype(np.int64)
     if parameter == 255:
         return signs
-    b, tripled = parameter >> 1, parameter & 1
+    b, digits = parameter >> 1, np.zeros(n, np.int64)
     gaps, rest = rest[: n * b].reshape(n, b) @ (1 << np.arange(b)), rest[n * b :]
-    if tripled:
-        digits, ones = rest[:n].copy(), np.flatnonzero(rest[:n])
-        digits[ones] += rest[n : n + ones.size]
-        gaps, rest = gaps + (digits << b), rest[n + ones.size :]
+    if parameter & 1:
+        ones = int(rest[:n].sum())
+        digits, rest = digits_of(rest[:n], rest[n : n + ones]), rest[n + ones :]
     ends = np.flatnonzero(rest)[:n]
     assert rest.size - ends[-1] <= 8, "a block ends before its last byte"
-    levels[np.cumsum(gaps + 1 + (np.diff(ends, prepend=-1) - 1) * ((3 if tripled else 1) << b)) - 1] = signs
+    levels[positions(gaps, digits, np.diff(ends, prepend=-1) - 1, parameter)] = signs
     return levels
 
 
-def stream_levels(stream: bytes, entries: int) -> np.ndarray:
-    """int8[entries] from a stream of coding 1."""
+def fast_levels(bits: np.ndarray, n: int, parameter: int, entries: int) -> np.ndarray:
+    """int8[entries] from the bits of one block of coding 2."""
+    levels, rest, b = np.zeros(entries, np.int8), bits.astype(np.int64), parameter >> 1
+
+    def plane(size: int) -> np.ndarray:
+        nonlocal rest
+        whole, rest = rest[: -(-size // 8) * 8], rest[-(-size // 8) * 8 :]
+        assert not whole[size:].any(), "bits are left over in a plane"
+        return whole[:size]
+
+    fields = plane(n * (b + 1)).reshape(n, b + 1) @ (1 << np.arange(b + 1))
+    third = plane(n) if parameter & 1 else np.zeros(n, np.int64)
+    which = plane(int(third.sum()))
+    ends = np.flatnonzero(rest) if rest.size else np.arange(n)
+    assert ends.size == n, "the ones of the last plane"
+    assert max(rest.size - ends[-1], 0) <= 8, "a block ends before its last byte"
+    levels[positions(fields >> 1, digits_of(third, which), np.diff(ends, prepend=-1) - 1, parameter)] = 1 - 2 * (fields & 1)
+    return levels
+
+
+def stream_levels(stream: bytes, entries: int, coding: int = 2) -> np.ndarray:
+    """int8[entries] from a stream of coding 1 or 2."""
+    block_levels = {1: rice_levels, 2: fast_levels}[coding]
     levels, data = np.zeros(entries, np.int8), BytesIO(stream)
     for chunk in range(0, entries, CHUNK):
         size, end, index = 1 << data.read(1)[0], min(chunk + CHUNK, entries), []
@@ -73,10 +105,9 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
     shapes = [tuple(varint(table) for _ in range(varint(table))) for _ in range(varint(table))]
 
     def ternary() -> tuple[np.ndarray, float]:
-        assert varint(table) == 1, "the coding"
-        shape, stream = shapes[varint(table)], streams.read(varint(table))
+        coding, shape, stream = varint(table), shapes[varint(table)], streams.read(varint(table))
         scale = struct.unpack("<f", table.read(4))[0] if facts["scope"] == "tensor" else float(np.float32(facts.get("scale", 0)))
-        return stream_levels(stream, int(np.prod(shape, dtype=np.int64))).reshape(shape), scale
+        return stream_levels(stream, int(np.prod(shape, dtype=np.int64)), coding).reshape(shape), scale
 
     def exact(name: str) -> np.ndarray:
         return np.frombuffer(raw[name], DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])

@@ -128,21 +128,46 @@ def test_streams_decode_to_what_was_coded(entries: int, density: float) -> None:
         assert np.array_equal(plain_reader.stream_levels(raw, entries), wanted)
 
 
-def test_every_parameter_is_read_alike() -> None:
+NAMED = {1: "rice", 2: "fast"}
+
+
+@pytest.mark.parametrize("coding", [1, 2])
+def test_every_parameter_is_read_alike(coding: int) -> None:
     """Also those that the writer never chooses."""
     levels = {5: 1, 6: -1, 700: 1, 4000: -1, 65_000: 1, 65_001: -1, 99_999: 1}
-    for parameter in range(42):
-        raw = stream(100_000, levels, parameter=parameter, log2=17)
-        assert dict(enumerate(opened(raw, (100_000,)).codes())) == {i: 2 * p + (s < 0) for i, (p, s) in enumerate(levels.items())}
-        assert np.array_equal(plain_reader.stream_levels(raw, 100_000), opened(raw, (100_000,)).levels())
+    more = levels | dict.fromkeys(range(70_000, 70_009), -1)  # more than a group of eight
+    for listed, parameter in ((listed, parameter) for listed in (levels, more) for parameter in range(42)):
+        raw = stream(100_000, dict(sorted(listed.items())), parameter=parameter, log2=17, coding=coding)
+        read = opened(raw, (100_000,), coding=NAMED[coding])
+        assert dict(enumerate(read.codes())) == {i: 2 * p + (listed[p] < 0) for i, p in enumerate(sorted(listed))}
+        assert np.array_equal(plain_reader.stream_levels(raw, 100_000, coding), read.levels())
 
 
+@pytest.mark.parametrize("coding", [1, 2])
 @pytest.mark.parametrize("log2", range(21))
-def test_every_block_size_is_read_alike(log2: int) -> None:
+def test_every_block_size_is_read_alike(log2: int, coding: int) -> None:
     levels = {p: 1 if p % 7 else -1 for p in range(0, 3000, 5)} | dict.fromkeys(range(1024, 1200), 1)
-    raw = stream(3000, levels, parameter=3, log2=log2)
-    assert np.array_equal(plain_reader.stream_levels(raw, 3000), opened(raw, (3000,)).levels())
-    assert np.flatnonzero(opened(raw, (3000,)).levels()).tolist() == sorted(levels)
+    raw = stream(3000, levels, parameter=3, log2=log2, coding=coding)
+    read = opened(raw, (3000,), coding=NAMED[coding])
+    assert np.array_equal(plain_reader.stream_levels(raw, 3000, coding), read.levels())
+    assert np.flatnonzero(read.levels()).tolist() == sorted(levels)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.05, 0.4, 1.0])
+def test_streams_of_the_first_coding_decode_to_what_was_coded(density: float) -> None:
+    rng = np.random.default_rng(0)
+    for place in PLACES if density < 1 else ("uniform",):
+        positions = placed(place, 30_000, density, rng)
+        levels = {int(p): int(rng.choice([-1, 1])) for p in positions}
+        for parameter in (0, 3, 8):
+            raw = stream(30_000, levels, parameter=parameter, log2=13, coding=1)
+            assert opened(raw, (30_000,), coding="rice").codes().tolist() == [2 * p + (s < 0) for p, s in levels.items()]
+            assert np.flatnonzero(plain_reader.stream_levels(raw, 30_000, 1)).tolist() == list(levels)
+
+
+def test_the_first_coding_is_no_longer_written() -> None:
+    with pytest.raises(InvalidArgument, match="no longer written"):
+        stream_of(np.arange(3), np.zeros(3, bool), 10, "rice")
 
 
 def entropy(count: int, entries: int) -> float:

@@ -100,7 +100,7 @@ def test_the_corpus_is_what_its_generator_writes() -> None:
     there = {path.stem: path.read_bytes() for path in generate.CORPUS.glob("*.safetensors")}
     assert {name: phrase for name, (phrase, _) in made.items()} == PHRASES
     assert {name: file for name, (_, file) in made.items()} == there
-    assert sum(path.stat().st_size for path in generate.CORPUS.iterdir()) < 250_000
+    assert sum(path.stat().st_size for path in generate.CORPUS.iterdir()) < 320_000
 
 
 @pytest.mark.parametrize("name", sorted(SPECIMENS))
@@ -137,7 +137,7 @@ def test_a_signed_file_with_a_table_cut_at_any_byte_is_refused(name: str) -> Non
             from_bytes(Cut(whole.facts, whole.names, whole.shapes, whole.rows, whole.exact).file())
 
 
-@pytest.mark.parametrize("name", ["kinds", "plain", "edges", "masked"])
+@pytest.mark.parametrize("name", ["kinds", "plain", "edges", "masked", "first_coding"])
 def test_a_signed_file_with_a_stream_cut_at_any_byte_is_refused(name: str) -> None:
     whole = SPECIMENS[name]()
     for row in whole.rows:
@@ -259,11 +259,11 @@ def test_names_take_memory_and_time_in_proportion(count: int, depth: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("raw", "shape"), [(b"", (0,)), (bytes([12, 1, 255, 1, 0]), (1,)), (bytes([20, 0]), (CHUNK,)), (bytes([12]) + bytes(256), (CHUNK,))]
+    ("raw", "shape"), [(b"", (0,)), (bytes([12, 1, 0, 1, 0]), (1,)), (bytes([20, 0]), (CHUNK,)), (bytes([12]) + bytes(256), (CHUNK,))]
 )
 def test_rows_take_memory_and_time_in_proportion(raw: bytes, shape: tuple[int, ...]) -> None:
     count = 1 << 12
-    rows = b"".join(varint(ADD, i + 1, 1, 0, len(raw)) for i in range(count))
+    rows = b"".join(varint(ADD, i + 1, 2, 0, len(raw)) for i in range(count))
     draft = plain().but(names=counted_names(count, 0), shorts=bytes(9 * count), shapes=[shape], rows=[], row_count=count, table_tail=rows)
     file = draft.but(streams_tail=raw * count).file()
     error, seconds, peak = measured(lambda: from_bytes(file))
@@ -272,7 +272,7 @@ def test_rows_take_memory_and_time_in_proportion(raw: bytes, shape: tuple[int, .
     assert peak < 4_000_000 + 80 * len(file)
 
 
-@pytest.mark.parametrize("index", [bytes(1 << 20), bytes([1, 255, 1]) * (1 << 20) + bytes(1 << 20)], ids=["no non-zero", "a non-zero each"])
+@pytest.mark.parametrize("index", [bytes(1 << 20), bytes([1, 0, 1]) * (1 << 20) + bytes(1 << 20)], ids=["no non-zero", "a non-zero each"])
 def test_blocks_of_one_entry_are_read_in_time_and_memory_that_follow_the_file(index: bytes) -> None:
     file = plain().but(shapes=[(4 * CHUNK,)], rows=[Row(ADD, 1, levels=[Levels(0, (b"\0" + index) * 4)])]).file()
     error, seconds, peak = measured(lambda: from_bytes(file).check())
@@ -297,7 +297,7 @@ def test_a_dense_tensor_is_made_only_within_a_limit_that_is_not_the_files_own() 
 
 def test_check_takes_no_memory_for_codes_of_a_dense_stream() -> None:
     entries = 1 << 24
-    chunk = bytes([20]) + varint(CHUNK) + bytes([255]) + varint(CHUNK // 8) + bytes(CHUNK // 8)
+    chunk = bytes([20]) + varint(CHUNK) + bytes([0]) + varint(CHUNK // 8) + bytes(CHUNK // 8)
     file = plain().but(shapes=[(entries,)], rows=[Row(ADD, 1, levels=[Levels(0, chunk * 16)])]).file()
     error, _, peak = measured(from_bytes(file).check)
     assert error is None

@@ -171,7 +171,7 @@ def test_the_deviation_of_too_little_is_zero() -> None:
 
 def ternarized(values: list[F32], density: float, alpha: float = 1.0, per_tensor: bool = False) -> tuple[list[Ternary], float]:
     pieces = [Piece(f"piece {i}", v.shape, lambda start, stop, out, v=v: np.copyto(out, v[start:stop])) for i, v in enumerate(values)]
-    return ternarize(pieces, density=density, alpha=alpha, per_tensor=per_tensor, coding=codings.by_name("rice"), progress=silent)
+    return ternarize(pieces, density=density, alpha=alpha, per_tensor=per_tensor, coding=codings.by_name("fast"), progress=silent)
 
 
 def levels_by_sort(values: F32, density: float) -> NDArray[np.int8]:

@@ -33,41 +33,56 @@ def text(value: str | bytes) -> bytes:
     return varint(len(raw)) + raw
 
 
-# Streams
+# Streams, of coding 2 unless told
 
 
-def planes(positions: Sequence[int], negative: Sequence[int], parameter: int) -> list[int]:
-    """The bits of one block."""
-    bits = list(negative)
-    if parameter == 255:
-        return bits
+def gaps_of(positions: Sequence[int]) -> list[int]:
+    return [now - before - 1 for before, now in zip([-1, *positions[:-1]], positions, strict=True)]
+
+
+def split(gap: int, b: int, tripled: int) -> tuple[int, int, int]:
+    """(lower bits, digit, quotient)."""
+    high = gap >> b
+    return gap & (1 << b) - 1, high % 3 if tripled else 0, high // 3 if tripled else high
+
+
+def planes(positions: Sequence[int], negative: Sequence[int], parameter: int) -> list[list[int]]:
+    """The bits of one block's planes under coding 2: fields, third, which, quotient. Each is of whole bytes once it is packed."""
     b, tripled = parameter >> 1, parameter & 1
-    gaps = [now - before - 1 for before, now in zip([-1, *positions[:-1]], positions, strict=True)]
-    for gap in gaps:
-        bits += [gap >> i & 1 for i in range(b)]
-    digits = [(gap >> b) % 3 if tripled else 0 for gap in gaps]
+    parts = [split(gap, b, tripled) for gap in gaps_of(positions)]
+    fields = [(low << 1 | sign) >> i & 1 for (low, _, _), sign in zip(parts, negative, strict=True) for i in range(b + 1)]
+    third = [int(digit > 0) for _, digit, _ in parts] if tripled else []
+    quotient = [bit for _, _, quotient in parts for bit in [0] * quotient + [1]]
+    return [fields, third, [digit - 1 for _, digit, _ in parts if digit], quotient if any(quotient for _, _, quotient in parts) else []]
+
+
+def planes1(positions: Sequence[int], negative: Sequence[int], parameter: int) -> list[int]:
+    """The bits of one block under coding 1."""
+    if parameter == 255:
+        return list(negative)
+    b, tripled = parameter >> 1, parameter & 1
+    parts = [split(gap, b, tripled) for gap in gaps_of(positions)]
+    bits = [*negative, *(low >> i & 1 for low, _, _ in parts for i in range(b))]
     if tripled:
-        bits += [int(digit > 0) for digit in digits]
-        bits += [digit - 1 for digit in digits if digit]
-    for gap in gaps:
-        bits += [0] * ((gap >> b) // (3 if tripled else 1)) + [1]
-    return bits
+        bits += [int(digit > 0) for _, digit, _ in parts] + [digit - 1 for _, digit, _ in parts if digit]
+    return bits + [bit for _, _, quotient in parts for bit in [0] * quotient + [1]]
 
 
 def packed(bits: Sequence[int]) -> bytes:
     return bytes(sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8))
 
 
-def block(positions: Sequence[int], negative: Sequence[int], parameter: int) -> tuple[bytes, bytes]:
+def block(positions: Sequence[int], negative: Sequence[int], parameter: int, coding: int = 2) -> tuple[bytes, bytes]:
     """(what the index says of a block, its bytes in the payload)."""
     if not positions:
         return b"\0", b""
-    payload = packed(planes(positions, negative, parameter))
+    one = [planes1(positions, negative, parameter)] if coding == 1 else planes(positions, negative, parameter)
+    payload = b"".join(map(packed, one))
     return varint(len(positions)) + bytes([parameter]) + varint(len(payload)), payload
 
 
-def stream(entries: int, levels: dict[int, int], parameter: int = 2, log2: int = 12) -> bytes:
-    """The stream of a tensor of `entries` whose non-zeros are `levels` (-1 or +1 by position); full blocks get parameter 255."""
+def stream(entries: int, levels: dict[int, int], parameter: int = 2, log2: int = 12, coding: int = 2) -> bytes:
+    """The stream of a tensor of `entries` whose non-zeros are `levels` (-1 or +1 by position); under coding 1 full blocks get parameter 255."""
     out = b""
     for chunk in range(0, entries, CHUNK):
         end = min(chunk + CHUNK, entries)
@@ -76,7 +91,7 @@ def stream(entries: int, levels: dict[int, int], parameter: int = 2, log2: int =
             size = min(1 << log2, end - start)
             inside = [p for p in sorted(levels) if start <= p < start + size]
             signs = [int(levels[p] < 0) for p in inside]
-            blocks.append(block([p - start for p in inside], signs, 255 if len(inside) == size else parameter))
+            blocks.append(block([p - start for p in inside], signs, 255 if coding == 1 and len(inside) == size else parameter, coding))
         out += bytes([log2]) + b"".join(index for index, _ in blocks) + b"".join(payload for _, payload in blocks)
     return out
 
@@ -90,7 +105,7 @@ class Levels:
 
     shape: int
     stream: bytes
-    coding: int = 1
+    coding: int = 2
     length: int | None = None
     scale: bytes = struct.pack("<f", 0.25)
 
@@ -311,6 +326,18 @@ def masked() -> Draft:
     return Draft(facts(source="pafi", mask=told, tuning={"method": "pafi"}), ["a", "b", "c"], [(70,)], rows)
 
 
+def first_coding() -> Draft:
+    """Streams of coding 1: with M = 2, with M = 3 * 256, and a block without zeros."""
+    levels = {5: 1, 6: -1, 700: 1, 4095: -1, 4096: -1, 4999: 1}
+    streams = [
+        stream(5000, levels, 2 * 8 + 1, coding=1),
+        stream(12, {0: -1, 4: 1, 11: 1}, coding=1),
+        stream(9, dict.fromkeys(range(9), -1), coding=1),
+    ]
+    rows = [Row(ADD, 1 + i, levels=[Levels(i, raw, coding=1)]) for i, raw in enumerate(streams)]
+    return Draft(facts(), ["a.0.w", "a.1.b", "b"], [(50, 100), (12,), (9,)], rows)
+
+
 def nothing() -> Draft:
     """An expert without a change, of a base without a tensor."""
     return Draft(facts(), [], [], [])
@@ -335,4 +362,5 @@ SPECIMENS: dict[str, Callable[[], Draft]] = {
     "edges": edges,
     "trained": trained,
     "masked": masked,
+    "first_coding": first_coding,
 }

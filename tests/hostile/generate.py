@@ -46,6 +46,7 @@ from hostile.craft import (
     packed,
     plain,
     planes,
+    planes1,
     scaled,
     shape_table,
     stream,
@@ -68,8 +69,10 @@ def cases() -> Iterator[Case]:
     yield from tables()
     yield from changes()
     yield from training()
-    yield from indices()
+    yield from indices(2)
     yield from planes_cases()
+    yield from indices(1)
+    yield from rice_planes()
     yield from too_large()
 
 
@@ -520,57 +523,95 @@ def training() -> Iterator[Case]:
     yield facts_of("tuning_text", "tuning is a str", tuning="hiwi")
 
 
-def of_stream(name: str, phrase: str, raw: bytes, entries: int = 12) -> Case:
+def of_stream(name: str, phrase: str, raw: bytes, entries: int = 12, coding: int = 2) -> Case:
     """A file with one added tensor of that stream, and a sound one after it whose bytes a reader could stray into."""
-    rows = [Row(ADD, 1, levels=[Levels(0, raw)]), Row(ADD, 2, levels=[Levels(1, stream(12, dict.fromkeys(range(12), 1)))])]
-    return f"stream_{name}", phrase, plain().but(shapes=[(entries,), (12,)], rows=rows).file()
+    sound = stream(12, dict.fromkeys(range(12), 1), coding=coding)
+    rows = [Row(ADD, 1, levels=[Levels(0, raw, coding)]), Row(ADD, 2, levels=[Levels(1, sound, coding)])]
+    named = f"stream_{name}" if coding == 2 else f"rice_{name}"
+    return named, phrase, plain().but(shapes=[(entries,), (12,)], rows=rows).file()
 
 
-def indices() -> Iterator[Case]:
-    bad = "block index is not well-formed"
-    index, payload = block([1, 5, 9], [0, 1, 0], 2)
-    yield of_stream("empty", bad, b"")
-    yield of_stream("of_no_entries", bad, b"\x0c", 0)
-    yield of_stream("log2_21", bad, bytes([21]) + index + payload)
-    yield of_stream("log2_255", bad, bytes([255]) + index + payload)
-    yield of_stream("index_cut", bad, bytes([12]) + index[:1])
-    yield of_stream("payload_cut", bad, bytes([12]) + index + payload[:-1])
-    yield of_stream("payload_long", bad, bytes([12]) + index + payload + b"\0")
-    more, ones = block(list(range(13)), [0] * 13, 0)
-    yield of_stream("count_above_size", bad, bytes([12]) + more + ones)
-    yield of_stream("count_2_34", bad, bytes([12]) + varint(1 << 34) + index[1:] + payload)
-    yield of_stream("count_varint_long", bad, bytes([12]) + b"\x83\x80\x80\x80\x80\x00" + index[1:] + payload)
-    yield of_stream("length_2_34", bad, bytes([12]) + index[:2] + varint(1 << 34) + payload)
-    yield of_stream("length_0", bad, bytes([12]) + index[:2] + varint(0))
-    yield of_stream("parameter_42", bad, bytes([12]) + bytes([index[0], 42]) + varint(24) + payload + bytes(22))
-    yield of_stream("parameter_254", bad, bytes([12]) + bytes([index[0], 254]) + index[2:] + payload)
-    yield of_stream("planes_beyond", bad, bytes([12]) + bytes([index[0], 40]) + index[2:] + payload)
-    yield of_stream("full_count_below_size", bad, bytes([12]) + varint(11) + bytes([255]) + varint(2) + bytes(2))
-    yield of_stream("full_length", bad, bytes([12]) + varint(12) + bytes([255]) + varint(3) + bytes(3))
-    yield of_stream("chunk_missing", bad, bytes([20]) + varint(0), CHUNK + 1)
-    yield of_stream("chunk_too_many", bad, (bytes([20]) + varint(0)) * 2, CHUNK)
-    yield of_stream("blocks_missing", bad, bytes([2]) + varint(0, 0))
-    yield of_stream("blocks_too_many", bad, bytes([2]) + varint(0, 0, 0, 0))
+MALFORMED, DAMAGED = "block index is not well-formed", "does not decode within its bounds"
+
+
+def indices(coding: int) -> Iterator[Case]:
+    def case(name: str, raw: bytes, entries: int = 12) -> Case:
+        return of_stream(name, MALFORMED, raw, entries, coding)
+
+    index, payload = block([1, 5, 9], [0, 1, 0], 2, coding)
+    yield case("empty", b"")
+    yield case("of_no_entries", b"\x0c", 0)
+    yield case("log2_21", bytes([21]) + index + payload)
+    yield case("log2_255", bytes([255]) + index + payload)
+    yield case("index_cut", bytes([12]) + index[:1])
+    yield case("payload_cut", bytes([12]) + index + payload[:-1])
+    yield case("payload_long", bytes([12]) + index + payload + b"\0")
+    more, ones = block(list(range(13)), [0] * 13, 0, coding)
+    yield case("count_above_size", bytes([12]) + more + ones)
+    yield case("count_2_34", bytes([12]) + varint(1 << 34) + index[1:] + payload)
+    yield case("count_varint_long", bytes([12]) + b"\x83\x80\x80\x80\x80\x00" + index[1:] + payload)
+    yield case("length_2_34", bytes([12]) + index[:2] + varint(1 << 34) + payload)
+    yield case("length_0", bytes([12]) + index[:2] + varint(0))
+    yield case("parameter_42", bytes([12]) + bytes([index[0], 42]) + varint(24) + payload + bytes(24 - len(payload)))
+    yield case("parameter_254", bytes([12]) + bytes([index[0], 254]) + index[2:] + payload)
+    yield case("planes_beyond", bytes([12]) + bytes([index[0], 40]) + index[2:] + payload)
+    yield case("full_count_below_size", bytes([12]) + varint(11) + bytes([255]) + varint(2) + bytes(2))
+    yield case("full_length", bytes([12]) + varint(12) + bytes([255]) + varint(3) + bytes(3))
+    yield case("chunk_missing", bytes([20]) + varint(0), CHUNK + 1)
+    yield case("chunk_too_many", (bytes([20]) + varint(0)) * 2, CHUNK)
+    yield case("blocks_missing", bytes([2]) + varint(0, 0))
+    yield case("blocks_too_many", bytes([2]) + varint(0, 0, 0, 0))
 
 
 def planes_cases() -> Iterator[Case]:
-    bad = "does not decode within its bounds"
+    def case(name: str, payload: bytes, n: int, parameter: int, entries: int = 12, phrase: str = DAMAGED) -> Case:
+        return of_stream(name, phrase, bytes([20]) + varint(n) + bytes([parameter]) + varint(len(payload)) + payload, entries)
 
-    def bits(name: str, listed: list[int], n: int, parameter: int, entries: int = 12) -> Case:
+    def one(positions: list[int], parameter: int) -> bytes:
+        return b"".join(map(packed, planes(positions, [0] * len(positions), parameter)))
+
+    _, sound = block([1, 5, 9], [0, 1, 0], 2)
+    yield case("quotients_missing", sound[:1] + bytes(1), 3, 2)
+    yield case("a_quotient_too_few", sound[:1] + packed([1, 1]), 3, 2)
+    yield case("a_quotient_too_many", sound[:1] + packed([1, 1, 1, 1]), 3, 2)
+    yield case("quotients_of_the_next_block", sound[:1] + packed([0, 0, 0, 0, 0, 0, 0, 1]), 3, 2)
+    yield case("spare_byte", sound + bytes(1), 3, 2)
+    yield case("spare_word", sound + bytes(9), 3, 2)
+    yield case("spare_fields", bytes([sound[0] | 0x80]) + sound[1:], 3, 2)
+    yield case("position_at_end", one([1, 5, 12], 2), 3, 2)
+    yield case("position_at_end_by_fields", one([1, 5, 12], 8), 3, 8)
+    yield case("position_far_beyond", one([1, 5, 4000], 8), 3, 8)
+    yield case("positions_all_beyond", one([90, 91, 92], 0), 3, 0)
+    yield case("positions_beyond_by_fields", bytes([255] * 12) + bytes([15]), 20, 8, 30)
+    yield case("quotients_far_beyond", packed([0] * 5) + packed([0] * 4000 + [1, 1, 1]), 3, 0)
+    yield case("quotients_times_divisor_beyond_32_bits", bytes(8) + packed([0] * 2047 + [1, 1, 1]), 3, 2 * 20, CHUNK)
+    yield case("tripled_position_at_end", one([1, 5, 12], 1), 3, 1)
+    yield case("tripled_position_at_end_by_digit", one([1, 5, 12], 3), 3, 3)
+    yield case("tripled_spare_byte", one([1, 5, 9], 1) + bytes(1), 3, 1)
+    yield case("tripled_spare_thirds", packed([0] * 3) + packed([0, 0, 0, 1]) + bytes(1) + packed([1, 1, 1]), 3, 1)
+    yield case("tripled_spare_which", packed([0] * 3) + packed([1, 0, 0]) + packed([0, 1]) + packed([1, 1, 1]), 3, 1)
+    yield case("tripled_which_missing", packed([0] * 3) + packed([1, 0, 0]), 3, 1)
+    yield case("tripled_thirds_missing", packed([0] * 3), 3, 1, phrase=MALFORMED)
+    yield case("largest_parameter", packed([0] * 63) + packed([1] * 3) + packed([1] * 3), 3, 41, CHUNK)
+    yield case("lows_beyond_2_24", packed([0] * 17 * 21), 17, 2 * 20, CHUNK, MALFORMED)
+
+
+def rice_planes() -> Iterator[Case]:
+    def bits(name: str, listed: list[int], n: int, parameter: int) -> Case:
         payload = packed(listed)
-        return of_stream(name, bad, bytes([12]) + varint(n) + bytes([parameter]) + varint(len(payload)) + payload, entries)
+        return of_stream(name, DAMAGED, bytes([12]) + varint(n) + bytes([parameter]) + varint(len(payload)) + payload, coding=1)
 
-    sound = planes([1, 5, 9], [0, 1, 0], 2)
+    sound = planes1([1, 5, 9], [0, 1, 0], 2)
     yield bits("quotients_missing", [0] * 32, 3, 0)
     yield bits("last_quotient_missing", [*sound[:-1], 0], 3, 2)
     yield bits("last_quotient_in_next_block", [0, 0, 0, 1, 1, 0, 0, 0], 3, 0)
     yield bits("spare_byte", [*sound, *[0] * 16], 3, 2)
-    yield bits("position_at_end", planes([1, 5, 12], [0, 0, 0], 2), 3, 2)
-    yield bits("position_far_beyond", planes([1, 5, 4000], [0, 0, 0], 8), 3, 8)
-    yield bits("positions_all_beyond", planes([90, 91, 92], [0, 0, 0], 0), 3, 0)
+    yield bits("position_at_end", planes1([1, 5, 12], [0, 0, 0], 2), 3, 2)
+    yield bits("position_far_beyond", planes1([1, 5, 4000], [0, 0, 0], 8), 3, 8)
+    yield bits("positions_all_beyond", planes1([90, 91, 92], [0, 0, 0], 0), 3, 0)
     yield bits("tripled_quotients_missing", [0] * 40, 3, 5)
-    yield bits("tripled_position_at_end", planes([1, 5, 12], [0, 0, 0], 1), 3, 1)
-    yield bits("tripled_spare_byte", [*planes([1, 5, 9], [0, 1, 0], 1), *[0] * 9], 3, 1)
+    yield bits("tripled_position_at_end", planes1([1, 5, 12], [0, 0, 0], 1), 3, 1)
+    yield bits("tripled_spare_byte", [*planes1([1, 5, 9], [0, 1, 0], 1), *[0] * 9], 3, 1)
     yield bits("largest_parameter", [0] * 3 + [1] * 63 + [1] * 6 + [1] * 3, 3, 41)
 
 

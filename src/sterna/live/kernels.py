@@ -8,29 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import njit, types
+from numba.extending import intrinsic, overload
 
-from sterna.numbers.machine import prefetch
+from sterna.codings.fast import SLACK, open_block, place_group
+from sterna.numbers.machine import add8, load16, load32, population, prefetch, put8, store16
 
 FLOAT, BF16, FP16 = range(3)
 """How a live word is read: as the float that it is, or as the bits of a 16-bit float."""
 
-AHEAD = 64
-"""Codes that the loops look ahead, and so may read beyond the last one."""
-
-_AHEAD = np.uint64(AHEAD)
 _U = np.uint64
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """An integer address as a pointer, for carray."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.voidptr(types.uint64), codegen
+_LINE = _U(64)  # bytes
+_LEAD = _U(256 * 64)  # bytes by which prefetches run ahead where most lines of a block are touched, and are asked for one after another
+_AHEAD = _U(96)  # codes by which they run ahead elsewhere
 
 
 @intrinsic
@@ -86,50 +76,109 @@ def float_to_fp16(value):
     return np.uint16(sign | np.uint16((rest - np.uint32(0x38000000) + np.uint32(0xFFF) + (rest >> np.uint32(13) & np.uint32(1))) >> np.uint32(13)))
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
-def add(codes, first, last, addresses, sizes, counts, saved_from, scales, undo, like, kind, done, swallowed, batch):
-    """Add scale * level to the live words of blocks first..last-1, whose codes lie one after another in `codes`, and save the old words in `undo`.
+def _add_eight(address, codes, saved, update, like, kind):
+    """`add8`, for words of every kind."""
 
-    addresses[k] is where block k begins in memory, of words of like.dtype; done[batch] is set once all is saved and written.
+
+@overload(_add_eight, inline="always")
+def _add_eight_in(address, codes, saved, update, like, kind):
+    if isinstance(like, types.Float):
+        return lambda address, codes, saved, update, like, kind: add8(address, codes, saved, update, like)
+
+    def of_bits(address, codes, saved, update, like, kind):
+        for j in range(_U(8)):
+            store16(saved + _U(2) * j, load16(address + _U(2) * (load32(codes + _U(4) * j) >> _U(1))))
+        same = _U(0)
+        for j in range(_U(8)):  # only now: the last group may hold a word twice
+            code, old = load32(codes + _U(4) * j), load16(saved + _U(2) * j)
+            step = -update if code & _U(1) else update
+            new = float_to_bf16(bf16_to_float(old) + step) if kind == BF16 else float_to_fp16(fp16_to_float(np.uint16(old)) + step)
+            store16(address + _U(2) * (code >> _U(1)), _U(new))
+            same |= _U(new == old) << j
+        return same
+
+    return of_bits
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def write_blocks(data, first, last, columns, addresses, saved_from, scales, undo, kind, done, restoring):
+    """Decode blocks first..last-1 of the fast coding and add scale * level to their live words, saving the old ones in `undo`; or put those back.
+
+    `data` is the address of the streams' buffer, addresses[k] where block k begins in memory, of words of undo.dtype; `columns` are (size, count,
+    offset, length, parameter). The saved words of block k begin at undo[saved_from[k]], in groups of eight. Blocks whose `done` is set already (or,
+    to restore, is not) are left alone; it is set (or cleared) once all words of a block are written.
+
+    While one block is written, group by group, the next is decoded: the decoder works while the writes wait for memory. A block is written only after
+    all its positions were found to lie inside it. Returns (the first block that does not decode, or -1; how many words an update left as they were).
     """
-    at = _U(0)
-    lost = 0
+    size, count, offset, length, parameter = columns
+    item = _U(undo.itemsize)
+    room = 0
     for k in range(first, last):
-        live = carray(_pointer(addresses[k]), (sizes[k],), like.dtype)
-        saved = _U(saved_from[k])
-        plus, minus = np.float32(scales[k]), np.float32(-scales[k])
-        for i in range(_U(counts[k])):
-            code = codes[at + i]
-            position = _U(code >> np.uint32(1))
-            prefetch(live, _U(codes[at + i + _AHEAD] >> np.uint32(1)))
-            update = minus if code & np.uint32(1) else plus
-            old = live[position]
-            undo[saved + i] = old
-            if kind == FLOAT:
-                new = like.dtype.type(np.float32(old) + update)
-            elif kind == BF16:
-                new = like.dtype.type(float_to_bf16(bf16_to_float(np.uint16(old)) + update))
-            else:
-                new = like.dtype.type(float_to_fp16(fp16_to_float(np.uint16(old)) + update))
-            live[position] = new
-            lost += new == old
-        at += _U(counts[k])
-    swallowed[batch] = lost
-    done[batch] = 1
-
-
-@njit(nogil=True, cache=True, boundscheck=False)
-def restore(codes, first, last, addresses, sizes, counts, saved_from, undo, done, batch):
-    """Put the saved words of blocks first..last-1 back."""
-    at = _U(0)
-    for k in range(first, last):
-        live = carray(_pointer(addresses[k]), (sizes[k],), undo.dtype)
-        saved = _U(saved_from[k])
-        for i in range(_U(counts[k])):
-            prefetch(live, _U(codes[at + i + _AHEAD] >> np.uint32(1)))
-            live[_U(codes[at + i] >> np.uint32(1))] = undo[saved + i]
-        at += _U(counts[k])
-    done[batch] = 0
+        room = max(room, count[k])
+    half = _U(room + SLACK)
+    codes = np.empty(_U(2) * half + _AHEAD, np.uint32)  # of the block being written and of the next one, in turn
+    highs = np.empty(half, np.uint32)
+    codes_at, highs_at, undo_at = _U(codes.ctypes.data), _U(highs.ctypes.data), _U(undo.ctypes.data)
+    like = undo.dtype.type(0)
+    lost = n_old = groups_old = address_old = _U(0)
+    by_line = False
+    for k in range(first, last + 1):
+        cur, old = half * _U(k & 1), half * _U(~k & 1)
+        n = offset_k = third = which = kind_k = lows = address = groups = _U(0)
+        if k < last and (done[k] == 1) == restoring:
+            n, offset_k, kind_k, address = _U(count[k]), _U(offset[k]), _U(parameter[k]), addresses[k]
+            sound, third, which = open_block(data, offset_k, _U(length[k]), n, kind_k, _U(size[k]), highs)
+            if not sound:
+                n = _U(0)
+            which *= _U(8)
+            groups = (n + _U(7)) >> _U(3)
+        line = limit = lines = saved = _U(0)
+        update = np.float32(0)
+        runs_on = False
+        if n_old:
+            saved, update = undo_at + _U(saved_from[k - 1]) * item, np.float32(scales[k - 1])
+            limit = address_old + _U(size[k - 1]) * item
+            lines = (limit - address_old) // (_LINE * groups_old) + _U(1)
+            line = address_old + _LEAD
+            runs_on = bool(by_line and address == limit)
+            if runs_on:
+                limit += _LEAD  # into the next block
+        for g in range(max(groups, groups_old)):
+            at = _U(8) * g
+            if g < groups:
+                which, lows = place_group(data, g, offset_k, third, which, n, kind_k, highs_at, codes_at + _U(4) * (cur + at), lows)
+            if g < groups_old:
+                if by_line:
+                    if line < limit:
+                        for _ in range(lines):
+                            prefetch(line)
+                            line += _LINE
+                else:
+                    for j in range(_U(8)):
+                        prefetch(address_old + _U(codes[old + at + _AHEAD + j] >> np.uint32(1)) * item)
+                where, to = codes_at + _U(4) * (old + at), saved + at * item
+                if restoring:
+                    put8(address_old, where, to, like)
+                else:
+                    same = _add_eight(address_old, where, to, update, like, kind)
+                    lost += population(same & (_U(255) >> (at + _U(8) - n_old) if at + _U(8) > n_old else _U(255)))
+        if n_old:
+            done[k - 1] = not restoring
+        if k < last and (done[k] == 1) == restoring:
+            if n == _U(0) or _U(codes[cur + n - _U(1)] >> np.uint32(1)) >= _U(size[k]):  # the largest of the block
+                return k, lost
+            for i in range(n, _U(8) * groups):  # the last group is filled up with the last one, again and again
+                codes[cur + i] = codes[cur + n - _U(1)]
+            by_line = bool(n * _U(2) * _LINE >= _U(size[k]) * item)  # most of its lines are touched
+            if not by_line:
+                for i in range(min(n, _AHEAD)):
+                    prefetch(address + _U(codes[cur + i] >> np.uint32(1)) * item)
+            elif not runs_on:
+                for i in range(min(_LEAD, _U(size[k]) * item) // _LINE):
+                    prefetch(address + i * _LINE)
+        n_old, groups_old, address_old = n, groups, address
+    return -1, lost
 
 
 @njit(nogil=True, cache=True, boundscheck=False)

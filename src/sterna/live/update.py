@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from sterna.codings import I64
+from sterna.codings.fast import FAST, not_sound
 from sterna.expert.changes import Factors, Joined, Masked, Ternary
 from sterna.expert.expert import masked_parts, masked_value
 from sterna.live.device import AddMasks
-from sterna.live.kernels import AHEAD, BF16, FLOAT, FP16, add, add_product, restore
+from sterna.live.kernels import BF16, FLOAT, FP16, add_product, write_blocks
 
 NATIVE = {torch.float32: (np.float32, FLOAT), torch.float64: (np.float64, FLOAT), torch.bfloat16: (np.uint16, BF16), torch.float16: (np.uint16, FP16)}
 """numpy's view of each live dtype, and how the kernels compute with it."""
@@ -35,69 +37,51 @@ class Step(Protocol):
 
 
 class SparseAdd:
-    """Levels of many tensors of one dtype and one coding, decoded and added in cache-sized batches on the CPU."""
+    """Levels of many tensors of one dtype, in the fast coding, decoded and added block by block on the CPU."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], joined: Joined) -> None:
         self._tensors = tensors
         self._joined = joined
         dtype, self._kind = NATIVE[tensors[0].dtype]
-        self._like = np.empty(0, dtype)
-        self._undo = np.empty(joined.count, dtype)
-        self._done = np.zeros(max(len(joined.batches) - 1, 1), np.uint8)
-        self._swallowed = np.zeros_like(self._done, np.int64)
-        self.undo_bytes = self._undo.nbytes
+        groups = -(-joined.blocks.count // 8)
+        self._saved_from = 8 * (np.cumsum(groups) - groups)  # words are saved in groups of eight
+        self._undo = np.empty(8 * int(groups.sum()), dtype)
+        self._done = np.zeros(len(joined.blocks), np.uint8)
+        self.undo_bytes = joined.count * self._undo.itemsize
         self.updates = joined.count
         self.swallowed = 0
 
     def apply(self) -> None:
-        addresses = self._addresses()
-
-        joined = self._joined
-        columns = (joined.blocks.size, joined.blocks.count, joined.saved_from, joined.scales)
-
-        def work(batch: int, codes: np.ndarray) -> None:
-            first, last = joined.decode(batch, codes)
-            add(codes, first, last, addresses, *columns, self._undo, self._like, self._kind, self._done, self._swallowed, batch)
-
-        try:
-            self._run(work)
-        finally:
-            self._touched()
-        self.swallowed = int(self._swallowed.sum())
+        self.swallowed = self._run(restoring=False)
 
     def revert(self) -> None:
-        addresses = self._addresses()
-        joined = self._joined
+        self._run(restoring=True)
 
-        def work(batch: int, codes: np.ndarray) -> None:
-            if self._done[batch]:
-                first, last = joined.decode(batch, codes)
-                restore(codes, first, last, addresses, joined.blocks.size, joined.blocks.count, joined.saved_from, self._undo, self._done, batch)
+    def _run(self, restoring: bool) -> int:
+        """Add, or restore, whatever is not yet; returns how many words stayed what they were."""
+        joined, blocks = self._joined, self._joined.blocks
+        columns = (blocks.size, blocks.count, blocks.offset, blocks.length, blocks.parameter)
+        start = np.array([tensor.data_ptr() for tensor in self._tensors], np.uint64)
+        addresses = start[joined.tensor] + (blocks.start * self._undo.itemsize).astype(np.uint64)
+        threads = max(min(torch.get_num_threads(), self.updates // _THREAD, len(blocks)), 1)
+        edges = np.searchsorted(joined.saved_from, np.arange(threads) * (self.updates // threads)).tolist()
 
+        def share(first: int, last: int) -> int:
+            where = (np.uint64(joined.ternaries[0].data.ctypes.data), first, last, columns, addresses, self._saved_from, joined.scales)
+            bad, same = write_blocks(*where, self._undo, self._kind, self._done, restoring)
+            if bad >= 0:
+                raise not_sound(bad)
+            return int(same)
+
+        shares = list(pairwise([*edges, len(blocks)]))
         try:
-            self._run(work)
+            if threads == 1:
+                return share(*shares[0]) if shares else 0
+            with ThreadPoolExecutor(threads) as pool:
+                futures = [pool.submit(share, *edge) for edge in shares]
+                return sum(future.result() for future in futures)
         finally:
             self._touched()
-
-    def _addresses(self) -> np.ndarray:
-        start = np.array([tensor.data_ptr() for tensor in self._tensors], np.uint64)
-        return start[self._joined.tensor] + (self._joined.blocks.start * self._like.itemsize).astype(np.uint64)
-
-    def _run(self, work: Callable[[int, np.ndarray], None]) -> None:
-        batches = range(len(self._joined.batches) - 1)
-        threads = max(min(torch.get_num_threads(), self.updates // _THREAD, len(batches)), 1)
-
-        def share(worker: int) -> None:
-            codes = np.empty(self._joined.room + AHEAD, np.uint32)
-            for batch in batches[worker::threads]:
-                work(batch, codes)
-
-        if threads == 1:
-            share(0)
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for future in [pool.submit(share, worker) for worker in range(threads)]:
-                future.result()
 
     def _touched(self) -> None:
         torch.autograd.graph.increment_version(self._tensors)  # autograd cannot see what numpy wrote
@@ -239,13 +223,13 @@ def _entries(tensor: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def sparse_adds(tensors: Sequence[torch.Tensor], adds: Joined) -> list[Step]:
-    """The steps that add coded levels to tensors of their shapes: batched kernels where a tensor is plain CPU memory, torch operations elsewhere."""
+    """The steps that add coded levels to tensors of their shapes: kernels where a tensor is plain CPU memory, torch operations elsewhere."""
     groups: dict[torch.dtype, list[int]] = {}
     steps: list[Step] = []
     for number, (tensor, ternary) in enumerate(zip(tensors, adds.ternaries, strict=True)):
         if tensor.device.type != "cpu":
             steps.append(AddMasks(tensor, ternary))
-        elif tensor.is_contiguous():
+        elif tensor.is_contiguous() and ternary.coding is FAST:
             groups.setdefault(tensor.dtype, []).append(number)
         else:
             steps.append(ScatteredAdd(tensor, ternary))

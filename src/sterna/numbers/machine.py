@@ -1,4 +1,4 @@
-"""Machine instructions that numba does not offer: unaligned 64-bit load, bit counts, prefetch for writing, eight codes at a time."""
+"""Machine instructions that numba does not offer: unaligned 64-bit words, bit counts, prefetch for writing, eight lanes at a time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,41 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.gep(data, [index])
 
 
-@intrinsic
-def load64(typing_context: Any, array: Any, offset: Any) -> Any:
-    """The 8 bytes of uint8 `array` at byte `offset`, as a little-endian uint64. No bounds check: 8 bytes must be there."""
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _address(context, builder, signature.args[0], args[0], args[1])
-        load = builder.load(builder.bitcast(pointer, ir.IntType(64).as_pointer()))
-        load.align = 1
-        return load
 
-    return types.uint64(array, offset), codegen
+def _loads(item: Any) -> Any:
+    @intrinsic
+    def load(typing_context: Any, address: Any) -> Any:
+        """The unsigned little-endian word at a uint64 address, which need not be aligned. Nothing is checked."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            word = builder.load(builder.inttoptr(args[0], item.as_pointer()))
+            word.align = 1
+            return builder.zext(word, _I64) if item is not _I64 else word
+
+        return types.uint64(types.uint64), codegen
+
+    return load
+
+
+def _stores(item: Any) -> Any:
+    @intrinsic
+    def store(typing_context: Any, address: Any, word: Any) -> Any:
+        """Write the lower part of a uint64 to a uint64 address, which need not be aligned. Nothing is checked."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            part = builder.trunc(args[1], item) if item is not _I64 else args[1]
+            builder.store(part, builder.inttoptr(args[0], item.as_pointer())).align = 1
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, types.uint64), codegen
+
+    return store
+
+
+load8, load16, load32, load64 = map(_loads, (_I8, _I16, _I32, _I64))
+store8, store16, store32, store64 = map(_stores, (_I8, _I16, _I32, _I64))
 
 
 @intrinsic
@@ -52,23 +76,20 @@ def population(typing_context: Any, word: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of array[index], to be written soon. Any index is safe: a prefetch cannot fault."""
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line of a uint64 address, to be written soon. Any address is safe: a prefetch cannot fault."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        pointer = builder.bitcast(_address(context, builder, signature.args[0], args[0], args[1]), byte)
-        word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        byte = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
         function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        builder.call(function, [pointer, ir.Constant(word, 1), ir.Constant(word, 3), ir.Constant(word, 1)])
+        builder.call(function, [builder.inttoptr(args[0], byte), *(ir.Constant(_I32, value) for value in (1, 3, 1))])
         return context.get_dummy_value()
 
-    return types.void(array, index), codegen
+    return types.void(types.uint64), codegen
 
 
 # Vectors of eight lanes, in instructions that LLVM has on every machine.
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
 _LANES = range(8)
 
 
@@ -82,6 +103,10 @@ def _splat(builder: Any, value: Any, item: Any = _I32) -> Any:
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), _vector([0] * 8))
 
 
+def _splat32(builder: Any, word: Any) -> Any:
+    return _splat(builder, builder.trunc(word, _I32))
+
+
 def _running(builder: Any, vector: Any) -> Any:
     """The sum of each lane and those before it."""
     for step in (1, 2, 4):
@@ -90,68 +115,135 @@ def _running(builder: Any, vector: Any) -> Any:
     return vector
 
 
-def _fields(builder: Any, word: Any, width: Any, mask: Any) -> Any:
-    """Eight fields of `width` bits of a 64-bit word."""
-    shifts = builder.mul(_splat(builder, width, _I64), _vector(_LANES, _I64))
-    fields = builder.and_(builder.lshr(_splat(builder, word, _I64), shifts), _splat(builder, mask, _I64))
-    return builder.trunc(fields, ir.VectorType(_I32, 8))
+def _eight(context: Any, builder: Any, array_type: Any, array: Any, index: Any, item: Any = _I32) -> Any:
+    """A pointer to the eight items of an array from `index` on."""
+    return builder.bitcast(_address(context, builder, array_type, array, index), ir.VectorType(item, 8).as_pointer())
 
 
-def _lane_bits(builder: Any, word: Any) -> Any:
-    """The lowest eight bits of a word, one a lane."""
-    return builder.and_(builder.lshr(_splat(builder, builder.trunc(word, _I32)), _vector(_LANES)), _vector([1] * 8))
-
-
-def _eight(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    return builder.bitcast(_address(context, builder, array_type, array, index), ir.VectorType(_I32, 8).as_pointer())
-
-
-def _load8(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    load = builder.load(_eight(context, builder, array_type, array, index))
-    load.align = 4
+def _load8(context: Any, builder: Any, array_type: Any, array: Any, index: Any, item: Any = _I32) -> Any:
+    load = builder.load(_eight(context, builder, array_type, array, index, item))
+    load.align = item.width // 8
     return load
 
 
-def _write8(context: Any, builder: Any, signature: Any, args: Any, fields: Any, highs: Any) -> Any:
-    codes, at, _, _, start, signs, _, width = args[:8]
-    sums = _running(builder, fields)
-    first = builder.add(_splat(builder, builder.trunc(start, _I32)), _vector(_LANES))
-    position = builder.add(builder.add(builder.shl(highs, _splat(builder, builder.trunc(width, _I32))), sums), first)
-    code = builder.or_(builder.shl(position, _vector([1] * 8)), _lane_bits(builder, signs))
-    store = builder.store(code, _eight(context, builder, signature.args[0], codes, at))
-    store.align = 4
-    return builder.zext(builder.extract_element(sums, ir.Constant(_I32, 7)), _I64)
+def _store8(builder: Any, vector: Any, pointer: Any, align: int) -> None:
+    builder.store(vector, pointer).align = align
+
+
+def _shifts(builder: Any, width: Any) -> Any:
+    """Where eight fields of `width` bits begin in a word."""
+    return builder.mul(_splat(builder, width, _I64), _vector(_LANES, _I64))
 
 
 @intrinsic
-def place8(typing_context: Any, codes: Any, at: Any, highs: Any, i: Any, start: Any, signs: Any, lows: Any, width: Any, mask: Any) -> Any:
-    """codes[at + j] = ((highs[i + j] << width) + start + j + fields 0 to j of lows) << 1 | bit j of signs, for eight j; returns all fields' sum.
+def place8(typing_context: Any, codes: Any, highs: Any, step: Any, fields: Any, width: Any, digits: Any, start: Any) -> Any:
+    """codes[j] = start + 2j + highs[j] * step + (lows 0 to j) + sign j, for eight j; returns the sum of all lows.
 
-    `codes` and `highs` are uint32, the rest uint64; `lows` holds eight fields of `width` <= 7 bits, `mask` is one of them full. No bounds check.
+    All are uint64; `codes` and `highs` are addresses of uint32. `fields` holds eight fields of `width` <= 8 bits, a sign below the rest, and `digits`
+    eight bytes: a low is its field without the sign, and its digit << width.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        highs = _load8(context, builder, signature.args[2], args[2], args[3])
-        return _write8(context, builder, signature, args, _fields(builder, *args[6:9]), highs)
+        lanes = ir.VectorType(_I32, 8)
+        codes, highs, step, fields, width, digits, start = args
+        high = builder.load(builder.inttoptr(highs, lanes.as_pointer()))
+        high.align = 4
+        mask = builder.sub(builder.shl(ir.Constant(_I64, 1), width), ir.Constant(_I64, 1))
+        field = builder.trunc(builder.lshr(_splat(builder, fields, _I64), _shifts(builder, width)), lanes)
+        field = builder.and_(field, _splat32(builder, mask))
+        digit = builder.zext(builder.bitcast(digits, ir.VectorType(_I8, 8)), lanes)
+        low = builder.add(builder.and_(field, _vector([0xFFFFFFFE] * 8)), builder.shl(digit, _splat32(builder, width)))
+        sums = _running(builder, low)
+        position = builder.add(builder.add(builder.mul(high, _splat32(builder, step)), sums), _splat32(builder, start))
+        code = builder.add(builder.add(position, _vector(range(0, 16, 2))), builder.and_(field, _vector([1] * 8)))
+        _store8(builder, code, builder.inttoptr(codes, lanes.as_pointer()), 4)
+        return builder.zext(builder.extract_element(sums, ir.Constant(_I32, 7)), _I64)
 
-    return types.uint64(codes, at, highs, i, start, signs, lows, width, mask), codegen
+    return types.uint64(*[types.uint64] * 7), codegen
 
 
 @intrinsic
-def place8_tripled(
-    typing_context: Any, codes: Any, at: Any, highs: Any, i: Any, start: Any, signs: Any, lows: Any, width: Any, mask: Any, thirds: Any, which: Any
-) -> Any:
-    """The same for highs that count 3 << width: a field has 1 << width more where its bit of `thirds` is set, 2 << width with the next of `which`."""
+def spread8(typing_context: Any, table: Any, row: Any, more: Any, out: Any, at: Any) -> Any:
+    """out[at + j] = table[8 * row + j] + more, for eight j. `table` is uint8, `out` uint32, the rest uint64. No bounds check."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        highs = builder.mul(_load8(context, builder, signature.args[2], args[2], args[3]), _vector([3] * 8))
-        third = _lane_bits(builder, args[9])
-        rank = builder.sub(_running(builder, third), third)
-        second = builder.and_(builder.lshr(_splat(builder, builder.trunc(args[10], _I32)), rank), third)
-        digit = builder.shl(builder.add(third, second), _splat(builder, builder.trunc(args[7], _I32)))
-        return _write8(context, builder, signature, args, builder.add(_fields(builder, *args[6:9]), digit), highs)
+        row = _load8(context, builder, signature.args[0], args[0], builder.shl(args[1], ir.Constant(_I64, 3)), _I8)
+        value = builder.add(builder.zext(row, ir.VectorType(_I32, 8)), _splat32(builder, args[2]))
+        _store8(builder, value, _eight(context, builder, signature.args[3], args[3], args[4]), 4)
+        return context.get_dummy_value()
 
-    return types.uint64(codes, at, highs, i, start, signs, lows, width, mask, thirds, which), codegen
+    return types.void(table, row, more, out, at), codegen
+
+
+@intrinsic
+def fields8(typing_context: Any, gaps: Any, i: Any, codes: Any, at: Any, width: Any) -> Any:
+    """A uint64 of eight fields of `width` <= 8 bits: the lowest bit of codes[at + j], and above it the lowest width - 1 bits of gaps[i + j].
+
+    `gaps` and `codes` are uint32. No bounds check.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.VectorType(_I64, 8)
+        gap = builder.shl(_load8(context, builder, signature.args[0], args[0], args[1]), _vector([1] * 8))
+        sign = builder.and_(_load8(context, builder, signature.args[2], args[2], args[3]), _vector([1] * 8))
+        mask = builder.sub(builder.shl(ir.Constant(_I64, 1), args[4]), ir.Constant(_I64, 1))
+        field = builder.or_(builder.and_(gap, _splat32(builder, mask)), sign)
+        placed = builder.shl(builder.zext(field, wide), _shifts(builder, args[4]))
+        for half in (4, 2, 1):
+            other = builder.shuffle_vector(placed, placed, _vector([(lane + half) % 8 for lane in _LANES]))
+            placed = builder.or_(placed, other)
+        return builder.extract_element(placed, ir.Constant(_I32, 0))
+
+    return types.uint64(gaps, i, codes, at, types.uint64), codegen
+
+
+def _live8(context: Any, builder: Any, address: Any, codes: Any, item: Any) -> tuple[Any, list[Any]]:
+    """Eight codes, and pointers to the words of memory that they tell of."""
+    load = builder.load(builder.inttoptr(codes, ir.VectorType(_I32, 8).as_pointer()))
+    load.align = 4
+    positions = builder.lshr(load, _vector([1] * 8))
+    base = builder.inttoptr(address, item.as_pointer())
+    return load, [builder.gep(base, [builder.zext(builder.extract_element(positions, ir.Constant(_I32, lane)), _I64)]) for lane in _LANES]
+
+
+@intrinsic
+def add8(typing_context: Any, address: Any, codes: Any, saved: Any, update: Any, like: Any) -> Any:
+    """Eight words of memory += `update`, or -= it, in float32; the old ones go to `saved`. Returns a uint64: bit j says that word j is as it was.
+
+    `address` is that of words of the type of `like`, float32 or float64; `codes` is that of uint32: a word's number << 1 | whether to subtract.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        item, single = context.get_data_type(like), ir.VectorType(ir.FloatType(), 8)
+        words = ir.VectorType(item, 8)
+        code, pointers = _live8(context, builder, args[0], args[1], item)
+        sign = builder.shl(code, _vector([31] * 8))
+        step = builder.bitcast(builder.xor(sign, _splat(builder, builder.bitcast(args[3], _I32))), single)
+        old = ir.Constant(words, ir.Undefined)
+        for lane, pointer in enumerate(pointers):
+            old = builder.insert_element(old, builder.load(pointer), ir.Constant(_I32, lane))
+        new = builder.fadd(old if like == types.float32 else builder.fptrunc(old, single), step)
+        new = new if like == types.float32 else builder.fpext(new, words)
+        _store8(builder, old, builder.inttoptr(args[2], words.as_pointer()), like.bitwidth // 8)
+        for lane, pointer in enumerate(pointers):
+            builder.store(builder.extract_element(new, ir.Constant(_I32, lane)), pointer)
+        return builder.zext(builder.bitcast(builder.fcmp_ordered("==", old, new), _I8), _I64)
+
+    return types.uint64(types.uint64, types.uint64, types.uint64, types.float32, like), codegen
+
+
+@intrinsic
+def put8(typing_context: Any, address: Any, codes: Any, saved: Any, like: Any) -> Any:
+    """The eight words of memory at `address` that eight uint32 at `codes`, >> 1, count become those at `saved`. All are of the type of `like`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        item = context.get_data_type(like)
+        source = builder.inttoptr(args[2], item.as_pointer())
+        for lane, pointer in enumerate(_live8(context, builder, args[0], args[1], item)[1]):
+            builder.store(builder.load(builder.gep(source, [ir.Constant(_I64, lane)])), pointer)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint64, like), codegen
 
 
 @intrinsic
