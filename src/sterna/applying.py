@@ -22,6 +22,7 @@ from sterna.expert.file import CODES, load
 from sterna.live.update import sparse_adds
 from sterna.mask import choose, tensor_piece
 from sterna.progress import Progress, silent
+from sterna.recoding import blockwise
 from sterna.sources.adapter import PREFIX, part_names, write_adapter
 from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint, read_json
 from sterna.sources.names import plain, swap_prefix
@@ -184,7 +185,7 @@ def _tuned(base: Checkpoint, name: str, changes: Sequence[_Whole | _Entries], dt
             flat[change.places] = masked_value(change.change, flat[change.places], change.part)
         elif isinstance(change, Add):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-            for step in sparse_adds([tensor], Joined.of([change.levels])):
+            for step in sparse_adds([tensor], Joined.of(blockwise([change.levels]))):
                 step.apply()
         else:
             tensor = new_value(change, tensor).to(dtype)

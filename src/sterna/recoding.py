@@ -53,9 +53,10 @@ def recoded(ternaries: Sequence[Ternary], coding: AnyCoding, progress: Progress 
 
 
 def blockwise(ternaries: Sequence[Ternary]) -> list[Ternary]:
-    """The tensors under a block coding: as they are, or those of a sequential coding under the default one."""
-    if any(isinstance(ternary.coding, Sequential) for ternary in ternaries):
-        return recoded(ternaries, default_coding())
+    """The tensors under the default coding, which the kernels of attach read: as they are, or coded anew."""
+    coding = default_coding()
+    if any(ternary.coding is not coding for ternary in ternaries):
+        return recoded(ternaries, coding)
     return list(ternaries)
 
 

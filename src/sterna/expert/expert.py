@@ -113,7 +113,7 @@ class Expert:
 
     @cached_property
     def adds(self) -> Joined:
-        """The levels of the `Add` changes, in their order, joined for attaching; decoded and coded anew, once, where their coding is sequential."""
+        """The levels of the `Add` changes, in their order, joined for attaching; coded anew, once, where their coding is not the default one."""
         from sterna.recoding import blockwise
 
         return Joined.of(blockwise([change.levels for change in self.changes if isinstance(change, Add)]))
