@@ -165,6 +165,22 @@ def test_streams_of_the_first_coding_decode_to_what_was_coded(density: float) ->
             assert np.flatnonzero(plain_reader.stream_levels(raw, 30_000, 1)).tolist() == list(levels)
 
 
+def waves(*shape: int, step: int) -> torch.Tensor:
+    """Values that every machine and version makes alike."""
+    return (torch.arange(math.prod(shape)) * step % 1009 - 504).reshape(shape).float() / 4096
+
+
+@pytest.mark.parametrize(("scope", "density"), [("global", 0.05), ("tensor", 0.4)])
+def test_files_that_earlier_versions_wrote_are_read(scope: Any, density: float) -> None:
+    """tests/written: files of the first coding, by the version that wrote it."""
+    base = {"layer.bias": waves(70, step=7), "layer.weight": waves(70, 130, step=11), "out.weight": waves(6, 70, step=13)}
+    tuned = {name: tensor + waves(*tensor.shape, step=389 + i) ** 3 for i, (name, tensor) in enumerate(base.items())}
+    read = agree((ROOT / "tests" / "written" / f"rice-{scope}.safetensors").read_bytes())
+    assert {ternary.coding.name for ternary in read.ternaries} == {"rice"}
+    assert read.content_digest == sterna.compress(base, tuned, density=density, scope=scope).content_digest
+    assert read.adds.ternaries[0].coding.name == "fast"  # as it is attached
+
+
 def test_the_first_coding_is_no_longer_written() -> None:
     with pytest.raises(InvalidArgument, match="no longer written"):
         stream_of(np.arange(3), np.zeros(3, bool), 10, "rice")
