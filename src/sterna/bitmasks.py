@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,8 @@ class Layout:
     """Where the changes lie in `Bitmasks.words`, and what their positions mean.
 
     Changes that compare word by word are *direct*: `number` is each one's row, by name, of the columns `start` (first word), `length` (words) and
-    `scale`. LoRA changes are compared by their `products`. `spaces` has, for every tensor that is changed, what must be equal to compare two changes.
+    `scale`. LoRA changes are compared by their `products`. `spaces` has, for every tensor that is changed, what must be equal to compare two changes;
+    experts of one `digest` have all of that in common, in one order.
     """
 
     number: dict[str, int]
@@ -81,11 +83,13 @@ class Layout:
     scale: F64
     products: dict[str, Factors]
     spaces: dict[str, tuple[object, ...]]
+    digest: bytes
 
     @classmethod
     def of(cls, changes: Sequence[Leveled]) -> Layout:
         widths = [sum(map(words_of, change.ternaries)) for change in changes]
         starts = accumulate(widths, initial=0)
+        spaces = {name: _space(change) for change in changes for name in touched(change)}
         direct = [(change, start, width) for change, start, width in zip(changes, starts, widths, strict=False) if not isinstance(change, Factors)]
         return cls(
             {change.name: number for number, (change, _, _) in enumerate(direct)},
@@ -93,7 +97,8 @@ class Layout:
             np.array([width for _, _, width in direct], np.int64),
             np.array([change.ternaries[0].scale for change, _, _ in direct], np.float64),
             {change.name: change for change in changes if isinstance(change, Factors)},
-            {name: _space(change) for change in changes for name in touched(change)},
+            spaces,
+            hashlib.sha256(repr(spaces).encode()).digest(),
         )
 
 

@@ -52,15 +52,19 @@ class Overlap:
 def dot(first: Bitmasks, second: Bitmasks) -> float:
     """The inner product of two experts."""
     ours, theirs, products = _both(first, second)
-    agree, differ = _agreements(first, second, ours, theirs).T
-    direct = first.layout.scale[ours] * second.layout.scale[theirs] * (agree - differ)
-    return math.fsum([*direct.tolist(), *(_inner(first, second, name) for name in products)])
+    places = first.layout.start[ours], second.layout.start[theirs], first.layout.length[ours]
+    scales = first.layout.scale[ours], second.layout.scale[theirs]
+    if compiled(first.words):
+        direct = float(bits.inner(array(first.words), array(second.words), *places, *scales))
+    else:
+        counts = torch_bits.agreements(*_chosen(first, second, *places))
+        direct = sum((scales[0] * scales[1] * (counts[0] - counts[1])).tolist())
+    return direct + math.fsum(_inner(first, second, name) for name in products)
 
 
 def square(masks: Bitmasks) -> float:
     """The inner product of an expert with itself."""
-    direct = masks.layout.scale**2 * _populations(masks)
-    return math.fsum([*direct.tolist(), *(_inner(masks, masks, name) for name in masks.layout.products)])
+    return _square(masks)[0] + math.fsum(_inner(masks, masks, name) for name in masks.layout.products)
 
 
 def cosine(dot: float, square: float, other: float) -> float:
@@ -71,19 +75,33 @@ def cosine(dot: float, square: float, other: float) -> float:
 def nonzeros(masks: Bitmasks) -> int:
     """Positions that an expert changes."""
     products = (rows for name in masks.layout.products for rows in _rows(masks, name))
-    return int(_populations(masks).sum()) + sum(int(torch.count_nonzero(rows)) for rows in products)
+    return _square(masks)[1] + sum(int(torch.count_nonzero(rows)) for rows in products)
 
 
 def shared(first: Bitmasks, second: Bitmasks) -> tuple[int, int]:
     """Positions that both change, and how many of them with different signs."""
     ours, theirs, products = _both(first, second)
-    agree, differ = _agreements(first, second, ours, theirs).sum(0).tolist()
+    places = first.layout.start[ours], second.layout.start[theirs], first.layout.length[ours]
+    if compiled(first.words):
+        agree, differ = bits.shared(array(first.words), array(second.words), *places)
+    else:
+        agree, differ = torch_bits.agreements(*_chosen(first, second, *places)).sum(1).tolist()
     for name in products:
         for rows, others in zip(_rows(first, name), _rows(second, name), strict=True):
             signs = rows * others
             agree += int((signs > 0).sum())
             differ += int((signs < 0).sum())
     return agree + differ, differ
+
+
+def _square(masks: Bitmasks) -> tuple[float, int]:
+    """Of the direct changes, the inner product with itself, and the non-zeros."""
+    layout = masks.layout
+    if compiled(masks.words):
+        total, count = bits.square(array(masks.words), layout.start, layout.length, layout.scale)
+        return float(total), int(count)
+    counts = torch_bits.populations(_segments(masks.words, layout.start, layout.length), layout.length.tolist())
+    return sum((layout.scale * layout.scale * counts).tolist()), int(counts.sum())
 
 
 def require_same(first: Bitmasks, second: Bitmasks) -> None:
@@ -107,46 +125,28 @@ def require_comparable(first: Layout, second: Layout) -> None:
             raise InvalidArgument(f"{name} is changed in ways that cannot be compared: by {ways}")
 
 
-def _both(first: Bitmasks, second: Bitmasks) -> tuple[I64, I64, Iterable[str]]:
+def _both(first: Bitmasks, second: Bitmasks) -> tuple[I64 | slice, I64 | slice, Iterable[str]]:
     """What both experts change: the rows of direct changes in each one's layout, and the names of products. Raises WrongBase or InvalidArgument."""
     require_same(first, second)
     a, b = first.layout, second.layout
-    if a.spaces == b.spaces:
-        every = np.arange(len(a.number))
-        return every, every, a.products
+    if a.digest == b.digest:
+        return slice(None), slice(None), a.products
     require_comparable(a, b)
     names = [name for name in a.number if name in b.number]
     ours, theirs = (np.array([layout.number[name] for name in names], np.int64) for layout in (a, b))
     return ours, theirs, [name for name in a.products if name in b.products]
 
 
-def _agreements(first: Bitmasks, second: Bitmasks, ours: I64, theirs: I64) -> I64:
-    """int64[k, 2], of each pair of direct changes: positions that both change with the same sign, and with different ones."""
-    starts, others, lengths = first.layout.start[ours], second.layout.start[theirs], first.layout.length[ours]
-    if not compiled(first.words):
-        parts = _chosen(first.words, starts, lengths), _chosen(second.words, others, lengths)
-        return torch_bits.agreements(*parts, lengths.tolist()).cpu().numpy()
-    found = np.empty((lengths.size, 2), np.int64)
-    bits.agreements(array(first.words), array(second.words), starts, others, lengths, found)
-    return found
+def _chosen(first: Bitmasks, second: Bitmasks, ours: I64, theirs: I64, length: I64) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The segments of both, and their lengths, as `torch_bits` takes them."""
+    return _segments(first.words, ours, length), _segments(second.words, theirs, length), length.tolist()
 
 
-def _populations(masks: Bitmasks) -> I64:
-    """int64[k], the non-zeros of each direct change."""
-    starts, lengths = masks.layout.start, masks.layout.length
-    if not compiled(masks.words):
-        return torch_bits.populations(_chosen(masks.words, starts, lengths), lengths.tolist()).cpu().numpy()
-    found = np.empty(lengths.size, np.int64)
-    bits.populations(array(masks.words), starts, lengths, found)
-    return found
-
-
-def _chosen(words: torch.Tensor, starts: I64, lengths: I64) -> torch.Tensor:
+def _segments(words: torch.Tensor, start: I64, length: I64) -> torch.Tensor:
     """Segments one after another: the words as they are, where they are all of them."""
-    if int(lengths.sum()) == words.shape[1]:
+    if int(length.sum()) == words.shape[1]:
         return words
-    segments = zip(starts.tolist(), lengths.tolist(), strict=True)
-    return torch.cat([words[:, :0], *(words[:, start : start + length] for start, length in segments)], dim=1)
+    return torch.cat([words[:, :0], *(words[:, a : a + n] for a, n in zip(start.tolist(), length.tolist(), strict=True))], dim=1)
 
 
 def _factors(masks: Bitmasks, name: str) -> tuple[torch.Tensor, torch.Tensor]:

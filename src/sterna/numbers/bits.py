@@ -52,28 +52,49 @@ def set_bits(codes, first, last, counts, places, words):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def agreements(first, second, first_start, second_start, length, found):
-    """found[k] = positions of segment k where both are not zero with the same sign, and with different signs; int64[k, 2]."""
-    for k in range(length.size):
-        a, b = _U(first_start[k]), _U(second_start[k])
-        agree = differ = _U(0)
-        for i in range(_U(length[k])):
-            plus, minus = first[0, a + i], first[1, a + i]
-            other_plus, other_minus = second[0, b + i], second[1, b + i]
-            agree += population(plus & other_plus | minus & other_minus)
-            differ += population(plus & other_minus | minus & other_plus)
-        found[k, 0], found[k, 1] = agree, differ
+def _agreements(first, second, a, b, length):
+    """Positions of a segment where both are not zero with the same sign, and with different ones."""
+    agree = differ = _U(0)
+    for i in range(_U(length)):
+        plus, minus = first[0, a + i], first[1, a + i]
+        other_plus, other_minus = second[0, b + i], second[1, b + i]
+        agree += population(plus & other_plus | minus & other_minus)
+        differ += population(plus & other_minus | minus & other_plus)
+    return np.int64(agree), np.int64(differ)
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def populations(words, start, length, found):
-    """found[k] = non-zeros of segment k; int64[k]."""
+def inner(first, second, first_start, second_start, length, first_scale, second_scale):
+    """The sum over segments of first_scale * second_scale * (positions of equal signs - those of different ones), float64, in their order."""
+    total = 0.0
     for k in range(length.size):
-        a = _U(start[k])
-        total = _U(0)
+        agree, differ = _agreements(first, second, _U(first_start[k]), _U(second_start[k]), length[k])
+        total += first_scale[k] * second_scale[k] * (agree - differ)
+    return total
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def shared(first, second, first_start, second_start, length):
+    """Positions of all segments where both are not zero with the same sign, and with different ones."""
+    same = different = 0
+    for k in range(length.size):
+        agree, differ = _agreements(first, second, _U(first_start[k]), _U(second_start[k]), length[k])
+        same += agree
+        different += differ
+    return same, different
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def square(words, start, length, scale):
+    """(The sum over segments of scale^2 * non-zeros, float64, in their order; all non-zeros.)"""
+    total, nonzeros = 0.0, np.int64(0)
+    for k in range(length.size):
+        a, count = _U(start[k]), _U(0)
         for i in range(_U(length[k])):
-            total += population(words[0, a + i] | words[1, a + i])
-        found[k] = total
+            count += population(words[0, a + i] | words[1, a + i])
+        total += scale[k] * scale[k] * np.int64(count)
+        nonzeros += np.int64(count)
+    return total, nonzeros
 
 
 @njit(nogil=True, cache=True, boundscheck=False)

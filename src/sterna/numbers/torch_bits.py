@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from sterna.numbers.bits import I64
+
 
 def population(words: torch.Tensor) -> torch.Tensor:
     """Set bits of each int64, int64 of the same shape: sums over neighbours of 1, 2 and 4 bits, then of bytes by a multiplication."""
@@ -15,24 +17,24 @@ def population(words: torch.Tensor) -> torch.Tensor:
     return octets * 0x0101010101010101 >> 56
 
 
-def agreements(first: torch.Tensor, second: torch.Tensor, length: Sequence[int]) -> torch.Tensor:
-    """int64[k, 2]: positions where both are not zero, with equal signs and with different ones, of each segment (of `length` words, in a row)."""
+def agreements(first: torch.Tensor, second: torch.Tensor, length: Sequence[int]) -> I64:
+    """int64[2, k]: positions where both are not zero, with equal signs and with different ones, of each segment (of `length` words, in a row)."""
     same = first & second
     cross = first & second.flip(0)
     both = torch.stack([population(same[0] | same[1]), population(cross[0] | cross[1])])
-    return _by_segment(both, length).T
+    return _by_segment(both, length)
 
 
-def populations(words: torch.Tensor, length: Sequence[int]) -> torch.Tensor:
+def populations(words: torch.Tensor, length: Sequence[int]) -> I64:
     """Non-zeros of each segment, int64[k]."""
     return _by_segment(population(words[0] | words[1]), length)
 
 
-def _by_segment(counts: torch.Tensor, length: Sequence[int]) -> torch.Tensor:
-    """Sums over the last axis, by segment."""
+def _by_segment(counts: torch.Tensor, length: Sequence[int]) -> I64:
+    """Sums over the last axis, by segment; the one thing that leaves the device."""
     ends = torch.tensor(length, dtype=torch.int64, device=counts.device).cumsum(0)
     totals = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
-    return totals[..., torch.nn.functional.pad(ends, (1, 0))].diff(dim=-1)
+    return totals[..., torch.nn.functional.pad(ends, (1, 0))].diff(dim=-1).cpu().numpy()
 
 
 def unpacked(words: torch.Tensor) -> torch.Tensor:
