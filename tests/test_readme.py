@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import models
+import sterna
 import trainable
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -23,19 +24,20 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """An empty folder but for `base`, `tuned` and `news.csv`."""
+    """An empty folder but for `base`, `tuned`, `news.csv` and `legal.safetensors`."""
     torch.manual_seed(0)
     classifier = models.bert_classifier(labels=4)
     classifier.bert.save_pretrained(tmp_path / "base")
     trainable.tokenizer("bert").save_pretrained(tmp_path / "base")
     trainable.save_csv(tmp_path / "news.csv", 40)
     models.tuned(classifier).save_pretrained(tmp_path / "tuned")
+    sterna.compress(classifier.bert, models.tuned(classifier, seed=2)).save(tmp_path / "legal.safetensors")
     return tmp_path
 
 
 def test_commands(place: Path) -> None:
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("sterna ")]
-    assert {line.split()[1] for line in commands} == {"train", "compress", "inspect", "verify", "apply"}
+    assert {line.split()[1] for line in commands} == {"train", "compress", "inspect", "verify", "similarity", "apply"}
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     for line in commands:
         done = subprocess.run(line, shell=True, cwd=place, env=environment, capture_output=True, text=True, check=False)
