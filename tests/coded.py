@@ -44,6 +44,15 @@ def random_levels(shape: tuple[int, ...], density: float, seed: int = 0) -> NDAr
     return np.where(rng.random(shape) < density, rng.choice(np.array([-1, 1], np.int8), shape), 0).astype(np.int8)
 
 
+def low_rank(shape: tuple[int, int], density: float, seed: int, rank: int = 2, noise: float = 0.3) -> NDArray[np.int8]:
+    """The signs of the largest entries of a noisy matrix of low rank whose rows and columns differ in size."""
+    random = np.random.default_rng(seed)
+    u, v = (random.standard_normal((n, rank)) * random.lognormal(0, 1, (n, 1)) for n in shape)
+    tau = u @ v.T + noise * random.standard_normal(shape)
+    kept = np.abs(tau) >= np.quantile(np.abs(tau), 1 - density)
+    return (np.sign(tau) * kept).astype(np.int8)
+
+
 def expert_of(changes: list[Change], names: tuple[str, ...] = (), **fields: Any) -> Expert:
     """An expert over a base of small tensors of those names; `fields` are facts."""
     base = fingerprint({name: torch.full((2,), float(i)) for i, name in enumerate(sorted(names or {change.name for change in changes}))})

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+import small_reader
+
 CODES, NATIVE = "F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL", "<f8 <f4 <f2 <u2 <i8 <i4 <i2 i1 <u8 <u4 <u2 u1 ?"
 DTYPES = dict(zip(CODES.split(), NATIVE.split(), strict=True))
 CHUNK = 1 << 20
@@ -107,6 +109,8 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
     def ternary() -> tuple[np.ndarray, float]:
         coding, shape, stream = varint(table), shapes[varint(table)], streams.read(varint(table))
         scale = struct.unpack("<f", table.read(4))[0] if facts["scope"] == "tensor" else float(np.float32(facts.get("scale", 0)))
+        if coding == 3:
+            return np.array(small_reader.read(stream, shape), np.int8).reshape(shape), scale
         return stream_levels(stream, int(np.prod(shape, dtype=np.int64)), coding).reshape(shape), scale
 
     def exact(name: str) -> np.ndarray:

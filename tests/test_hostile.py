@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -54,6 +55,10 @@ def warm() -> None:
     expert = from_bytes(kinds().file())
     expert.check()
     from_bytes(plain().file()).task_vector()
+    for mode in (0, 1):
+        raw = varint(2) + bytes([mode]) + bytes(8)
+        with contextlib.suppress(InvalidFile):
+            from_bytes(plain().but(shapes=[(6, 5)], rows=[Row(ADD, 1, levels=[Levels(0, raw, coding=3)])]).file()).check()
 
 
 def measured(work: Callable[[], object]) -> tuple[SternaError | None, float, int]:

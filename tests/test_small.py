@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import small_reader
 import sterna
+from coded import low_rank
 from sterna.codings import ENTRIES_A_BYTE, I64, PADDING, by_name
 from sterna.codings.small import NONZEROS_A_BYTE, SMALL
 from sterna.errors import InvalidArgument, InvalidFile
@@ -31,15 +32,6 @@ def codes_of(levels: np.ndarray) -> I64:
 def unpacked(stream: bytes, shape: tuple[int, ...]) -> I64:
     data = np.frombuffer(stream + bytes(PADDING), np.uint8)
     return SMALL.unpack(data, 0, len(stream), shape)
-
-
-def low_rank(rows: int, cols: int, density: float, seed: int, rank: int = 2, noise: float = 0.3) -> np.ndarray:
-    """The signs of the largest entries of a noisy matrix of low rank whose rows and columns differ in size."""
-    random = np.random.default_rng(seed)
-    u, v = (random.standard_normal((n, rank)) * random.lognormal(0, 1, (n, 1)) for n in (rows, cols))
-    tau = u @ v.T + noise * random.standard_normal((rows, cols))
-    kept = np.abs(tau) >= np.quantile(np.abs(tau), 1 - density)
-    return (np.sign(tau) * kept).astype(np.int8)
 
 
 def entropy(levels: np.ndarray) -> float:
@@ -64,7 +56,7 @@ def test_the_slow_reader_reads_every_stream(shape: tuple[int, ...], density: flo
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 60), st.integers(2, 60), st.sampled_from([0.03, 0.1, 0.4, 1.0]), st.integers(0, 2**31))
 def test_the_slow_reader_reads_matrices_with_structure(rows: int, cols: int, density: float, seed: int) -> None:
-    levels = low_rank(rows, cols, density, seed)
+    levels = low_rank((rows, cols), density, seed)
     stream = SMALL.pack(codes_of(levels), levels.shape)
     assert small_reader.read(stream, levels.shape) == levels.ravel().tolist()
     np.testing.assert_array_equal(unpacked(stream, levels.shape), codes_of(levels))
@@ -86,7 +78,7 @@ def test_the_vectors_of_the_specification() -> None:
 @pytest.mark.parametrize("shape", [(600, 300), (300, 600)])
 @pytest.mark.parametrize("density", [0.05, 0.2])
 def test_structure_makes_it_smaller_than_the_entropy(shape: tuple[int, int], density: float) -> None:
-    levels = low_rank(*shape, density, seed=1)
+    levels = low_rank(shape, density, seed=1)
     assert len(SMALL.pack(codes_of(levels), shape)) < 0.6 * entropy(levels)
 
 
@@ -103,7 +95,7 @@ def models(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
     base = {f"layer.{n}.weight": torch.randn(96, 64) for n in range(3)} | {"layer.bias": torch.randn(96), "empty": torch.zeros(0, 4)}
     tuned = {name: tensor + 0.01 for name, tensor in base.items()}
     for name in [name for name in base if name.endswith(".weight")]:
-        tuned[name] = base[name] + 0.01 * torch.from_numpy(low_rank(96, 64, 0.5, 5))
+        tuned[name] = base[name] + 0.01 * torch.from_numpy(low_rank((96, 64), 0.5, 5))
     return base, tuned | {"classifier.weight": torch.randn(3, 64)}
 
 
@@ -205,7 +197,7 @@ def test_bytes_justify_entries_and_non_zeros() -> None:
 
 
 def test_every_cut_and_change_of_a_stream_is_safe() -> None:
-    levels = low_rank(40, 30, 0.2, 7)
+    levels = low_rank((40, 30), 0.2, 7)
     stream = bytearray(SMALL.pack(codes_of(levels), levels.shape))
     random = np.random.default_rng(0)
     for _ in range(400):

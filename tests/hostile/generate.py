@@ -57,6 +57,8 @@ from hostile.craft import (
 
 CORPUS = Path(__file__).parent / "corpus"
 Case = tuple[str, str, bytes]
+SMALL = "0b01839f63c7f1"
+"""The stream of the first test vector of coding 3: 11 non-zeros among 6 x 5 entries."""
 
 
 def cases() -> Iterator[Case]:
@@ -73,6 +75,7 @@ def cases() -> Iterator[Case]:
     yield from planes_cases()
     yield from indices(1)
     yield from rice_planes()
+    yield from small_streams()
     yield from too_large()
 
 
@@ -613,6 +616,35 @@ def rice_planes() -> Iterator[Case]:
     yield bits("tripled_position_at_end", planes1([1, 5, 12], [0, 0, 0], 1), 3, 1)
     yield bits("tripled_spare_byte", [*planes1([1, 5, 9], [0, 1, 0], 1), *[0] * 9], 3, 1)
     yield bits("largest_parameter", [0] * 3 + [1] * 63 + [1] * 6 + [1] * 3, 3, 41)
+
+
+def small_streams() -> Iterator[Case]:
+    def case(name: str, phrase: str, raw: bytes, shape: tuple[int, ...] = (6, 5)) -> Case:
+        rows = [Row(ADD, 1, levels=[Levels(0, raw, coding=3)])]
+        return f"small_{name}", phrase, plain().but(shapes=[shape], rows=rows).file()
+
+    count, mode, decode = "count of non-zeros", "has the mode", "does not decode to its count"
+    sound = bytes.fromhex(SMALL)
+    yield case("empty", count, b"")
+    yield case("count_cut", count, b"\x80")
+    yield case("count_varint_long", count, b"\x80" * 8 + b"\x01" + sound[1:])
+    yield case("count_above_entries", count, varint(31) + sound[1:])
+    yield case("count_above_bytes", count, varint(256 * 9 + 1) + sound[1:], (1 << 20, 2))
+    yield case("count_2_48", count, varint(1 << 48) + sound[1:], (1 << 24, 1 << 24))
+    yield case("count_alone", count, varint(11))
+    yield case("bytes_after_no_non_zeros", count, varint(0) + b"\0")
+    yield case("of_no_entries", count, sound, (0, 5))
+    yield case("mode_2", mode, sound[:1] + b"\x02" + sound[2:])
+    yield case("mode_255", mode, sound[:1] + b"\xff" + sound[2:])
+    yield case("matrix_of_one_dimension", mode, sound, (30,))
+    yield case("matrix_of_one_row", mode, sound, (1, 30))
+    yield case("matrix_of_one_column", mode, sound, (30, 1))
+    yield case("non_zeros_missing", decode, varint(30) + sound[1:])
+    yield case("payload_of_ones", decode, sound[:2] + b"\xff" * 8)
+    yield case("spare_byte_after_zeros", decode, sound + bytes(9) + b"\x01")
+    yield case("flat_spare_byte", decode, varint(2) + b"\0" + bytes(8) + b"\x01")
+    yield case("too_many_entries", "tell of 1,048,576 entries", sound, (1 << 10, 1 << 10))
+    yield case("far_too_many_entries", "tell of 281,474,976,710,656 entries", sound, (1 << 24, 1 << 24))
 
 
 def too_large() -> Iterator[Case]:
