@@ -107,8 +107,11 @@ def uniform_experts(base: inputs.State, density: float) -> list[sterna.Expert]:
     return [sterna.compress(zeros, inputs.normal_tuned(zeros, scale=1.0, seed=seed), density=density, force=True) for seed in range(2)]
 
 
-def measure(report: harness.Report, name: str, experts: list[sterna.Expert], rounds: int) -> list[list[object]]:
-    """Times of every operation with one thread and with two; returns the rows of making the masks."""
+Worst = dict[tuple[str, int], tuple[harness.Estimate, str]]
+
+
+def measure(report: harness.Report, worst: Worst, name: str, experts: list[sterna.Expert], rounds: int) -> list[object]:
+    """Times of every operation with one thread and with two, in a table; returns the row of making the masks. `worst` keeps the lowest ratios."""
     masks = [expert.bitmasks() for expert in experts]
     vectors = [torch.cat([tensor.flatten() for tensor in expert.task_vector().values()]) for expert in experts]
     total = torch.empty_like(vectors[0])
@@ -125,7 +128,7 @@ def measure(report: harness.Report, name: str, experts: list[sterna.Expert], rou
                 times = harness.in_turn(sides, turns)
             found = ratio(times["dense"], times["masks"])
             if operation in GOALS:
-                report.goal(f"{operation} against dense fp32, {name}, {threads} thread{'s' * (threads > 1)}", found, at_least=10)
+                worst[operation, threads] = min(worst.get((operation, threads), (found, name)), (found, name), key=lambda one: one[0].value)
             row += [milliseconds(times["masks"]), milliseconds(times["dense"]), found]
             if threads == 1:
                 row += [milliseconds(times["torch"]), ratio(times["dense"], times["torch"])]
@@ -134,7 +137,7 @@ def measure(report: harness.Report, name: str, experts: list[sterna.Expert], rou
     columns = (*one, "2 threads: masks, ms", "dense, ms", "dense / masks")
     report.table(f"{name}, {vectors[0].numel():,} entries", columns, rows)
     made = harness.in_turn({"made": Side(experts[0].bitmasks)}, rounds // 4)["made"]
-    return [[name, milliseconds(made), round(masks[0].words.nbytes / 1e6, 1), round(4 * vectors[0].numel() / 1e6, 1)]]
+    return [name, milliseconds(made), round(masks[0].words.nbytes / 1e6, 1), round(4 * vectors[0].numel() / 1e6, 1)]
 
 
 def main() -> None:
@@ -142,13 +145,13 @@ def main() -> None:
     report = harness.Report(__file__, __doc__ or "", options.quick)
     base, tuned = inputs.in_memory(inputs.base_folder(options)), inputs.in_memory(inputs.tuned_folder(options))
     rounds = 12 if options.quick else 44
-    made: list[list[object]] = []
-    for density in DENSITIES:
-        made += measure(report, f"real full fine-tune, density {density:g}", experts_of(base, tuned, density), rounds)
-    for density in DENSITIES:
-        made += measure(report, f"uniform positions, density {density:g}", uniform_experts(base, density), rounds)
+    worst: Worst = {}
+    real = [measure(report, worst, f"real full fine-tune, density {k:g}", experts_of(base, tuned, k), rounds) for k in DENSITIES]
+    uniform = [measure(report, worst, f"uniform positions, density {k:g}", uniform_experts(base, k), rounds) for k in DENSITIES]
+    for (operation, threads), (found, name) in worst.items():
+        report.goal(f"{operation} against dense fp32, {threads} thread{'s' * (threads > 1)}, the worst of four ({name})", found, at_least=10)
     note = "From the coded streams in memory, one thread."
-    report.table("Making the masks", ("expert", "ms", "masks, MB", "dense fp32, MB"), made, note)
+    report.table("Making the masks", ("expert", "ms", "masks, MB", "dense fp32, MB"), real + uniform, note)
     report.write()
 
 
