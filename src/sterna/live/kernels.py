@@ -105,8 +105,8 @@ def write_blocks(data, first, last, columns, addresses, saved_from, scales, undo
     """Decode blocks first..last-1 of the fast coding and add scale * level to their live words, saving the old ones in `undo`; or put those back.
 
     `data` is the address of the streams' buffer, addresses[k] where block k begins in memory, of words of undo.dtype; `columns` are (size, count,
-    offset, length, parameter). The saved words of block k begin at undo[saved_from[k]], in groups of eight. Blocks whose `done` is set already (or,
-    to restore, is not) are left alone; it is set (or cleared) once all words of a block are written.
+    offset, length, parameter). The saved words of block k begin at undo[saved_from[k]], in groups of eight, each aligned. Blocks whose `done` is set
+    already (or, to restore, is not) are left alone; it is set (or cleared) once all words of a block are written.
 
     While one block is written, group by group, the next is decoded: the decoder works while the writes wait for memory. A block is written only after
     all its positions were found to lie inside it. Returns (the first block that does not decode, or -1; how many words an update left as they were).

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
 from sterna.codings import I64
 from sterna.codings.fast import FAST, not_sound
@@ -45,7 +46,7 @@ class SparseAdd:
         dtype, self._kind = NATIVE[tensors[0].dtype]
         groups = -(-joined.blocks.count // 8)
         self._saved_from = 8 * (np.cumsum(groups) - groups)  # words are saved in groups of eight
-        self._undo = np.empty(8 * int(groups.sum()), dtype)
+        self._undo = _aligned(8 * int(groups.sum()), dtype)
         self._done = np.zeros(len(joined.blocks), np.uint8)
         self.undo_bytes = joined.count * self._undo.itemsize
         self.updates = joined.count
@@ -85,6 +86,13 @@ class SparseAdd:
 
     def _touched(self) -> None:
         torch.autograd.graph.increment_version(self._tensors)  # autograd cannot see what numpy wrote
+
+
+def _aligned(count: int, dtype: DTypeLike) -> np.ndarray:
+    """An empty array that begins where 64 bytes do."""
+    room = np.empty(count * np.dtype(dtype).itemsize + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + room.size - 64].view(dtype)
 
 
 class ScatteredAdd:

@@ -211,6 +211,7 @@ def add8(typing_context: Any, address: Any, codes: Any, saved: Any, update: Any,
     """Eight words of memory += `update`, or -= it, in float32; the old ones go to `saved`. Returns a uint64: bit j says that word j is as it was.
 
     `address` is that of words of the type of `like`, float32 or float64; `codes` is that of uint32: a word's number << 1 | whether to subtract.
+    `saved` is aligned to eight words.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -224,7 +225,9 @@ def add8(typing_context: Any, address: Any, codes: Any, saved: Any, update: Any,
             old = builder.insert_element(old, builder.load(pointer), ir.Constant(_I32, lane))
         new = builder.fadd(old if like == types.float32 else builder.fptrunc(old, single), step)
         new = new if like == types.float32 else builder.fpext(new, words)
-        _store8(builder, old, builder.inttoptr(args[2], words.as_pointer()), like.bitwidth // 8)
+        store = builder.store(old, builder.inttoptr(args[2], words.as_pointer()))
+        store.align = like.bitwidth  # of eight words, in bytes
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))  # past the cache: nobody reads it soon
         for lane, pointer in enumerate(pointers):
             builder.store(builder.extract_element(new, ir.Constant(_I32, lane)), pointer)
         return builder.zext(builder.bitcast(builder.fcmp_ordered("==", old, new), _I8), _I64)
