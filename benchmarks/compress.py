@@ -17,7 +17,7 @@ import inputs
 import sterna
 from harness import Side, milliseconds
 from sterna import streaming
-from sterna.codings import by_name
+from sterna.codings import default_coding
 from sterna.compression import base_fingerprint
 from sterna.fingerprint import tensor_digest
 from sterna.numbers import moments, selection
@@ -86,7 +86,7 @@ def breakdown(report: harness.Report, base: inputs.State, tuned: inputs.State, r
     taus = [chunk.read().copy() for chunk in chunks]
     flat = np.concatenate(taus)
     threshold = select(flat, int(DENSITIES[0] * flat.size))
-    upper, lower, coding = np.zeros(selection.UPPER_BINS, np.int64), np.zeros(selection.LOWER_BINS, np.int64), by_name("rice")
+    upper, lower, coding = np.zeros(selection.UPPER_BINS, np.int64), np.zeros(selection.LOWER_BINS, np.int64), default_coding()
     room = np.empty(max(tau.size for tau in taus), np.uint32)
     codes = [room[: selection.emit(tau, threshold.bits, 0, room)].copy() for tau in taus]
 

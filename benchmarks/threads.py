@@ -23,7 +23,7 @@ import inputs
 import sterna
 from harness import Side, milliseconds, ratio
 from sterna import streaming
-from sterna.codings import CHUNK, PADDING, by_name
+from sterna.codings import CHUNK, PADDING, default_coding
 from sterna.expert.changes import Ternary
 
 ENTRIES, DENSITY = 134_515_008, 0.05
@@ -55,7 +55,7 @@ class Decoding:
         ends = np.cumsum(ternary.blocks.count)
         edges = np.searchsorted(ends, np.linspace(0, ternary.count, threads + 1)[1:-1]).tolist()
         self.shares = list(zip([0, *edges], [*edges, len(ends)], strict=True))
-        self.codes = [np.zeros(int(ternary.blocks.count[first:last].sum()), np.uint32) for first, last in self.shares]
+        self.codes = [np.zeros(int(ternary.blocks.count[first:last].sum()) + 8, np.uint32) for first, last in self.shares]
         self.pool = ThreadPoolExecutor(threads)
 
     def share(self, worker: int) -> None:
@@ -85,7 +85,7 @@ def with_threads(count: int, work: object) -> Side:
 
 
 def streams(report: harness.Report, rows: list[list[object]], entries: int, rounds: int) -> None:
-    coding, chunks = by_name("rice"), uniform_chunks(entries)
+    coding, chunks = default_coding(), uniform_chunks(entries)
 
     def encode() -> bytes:
         return b"".join(record for _, record in streaming.ordered(lambda chunk: coding.encode(chunk.codes, chunk.size), chunks))
