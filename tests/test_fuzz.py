@@ -31,14 +31,17 @@ from coded import SCALE, expert_of, low_rank, opened, random_levels, stream_of, 
 from hostile.craft import SPECIMENS
 from hostile.guard import Guarded
 from hostile.mutate import Seed, mutated
-from sterna.codings import CHUNK, Sequential
+from sterna.codings import CHUNK, PADDING, Sequential
+from sterna.codings.fast import FAST
 from sterna.errors import InvalidArgument, InvalidFile, SternaError
-from sterna.expert.changes import Add, Change, Factors, Masked, MaskRule, Multiply, Set
+from sterna.expert.changes import Add, Change, Factors, Joined, Masked, MaskRule, Multiply, Set, Ternary
 from sterna.expert.container import parse
 from sterna.expert.expert import Expert
 from sterna.expert.file import file_pieces, from_bytes, from_container
 from sterna.expert.table import name_fault
 from sterna.fingerprint import Fingerprint
+from sterna.live import update
+from sterna.live.update import sparse_adds
 
 FILES = int(os.environ.get("STERNA_FUZZ", "200000"))
 WORKERS = 2
@@ -211,15 +214,63 @@ def test_any_levels_come_back(drawn: tuple[int, list[int], list[bool]]) -> None:
 
 
 @settings(max_examples=1000, deadline=None)
-@given(st.binary(max_size=60), st.one_of(st.integers(0, 100), st.integers(CHUNK - 1, CHUNK + 50)))
-def test_any_bytes_are_a_stream_or_refused(raw: bytes, entries: int) -> None:
+@given(st.binary(max_size=60), st.one_of(st.integers(0, 100), st.integers(CHUNK - 1, CHUNK + 50)), st.sampled_from([1, 2]))
+def test_any_bytes_are_a_stream_or_refused(raw: bytes, entries: int, coding: int) -> None:
     try:
-        codes = opened(raw, (entries,)).codes()
+        read = opened(raw, (entries,), coding={1: "rice", 2: "fast"}[coding])
+        codes = read.codes()
     except InvalidFile:
         return
-    assert np.array_equal(plain_reader.stream_levels(raw, entries), opened(raw, (entries,)).levels())
+    assert np.array_equal(plain_reader.stream_levels(raw, entries, coding), read.levels())
     assert codes.size == 0 or (np.all(np.diff(codes >> 1) > 0) and codes[0] >> 1 >= 0 and codes[-1] >> 1 < entries)
     assert np.array_equal(opened(stream_of(codes >> 1, (codes & 1).astype(bool), entries), (entries,)).codes(), codes)
+
+
+SIZES = st.one_of(st.integers(0, 40), st.integers(4090, 4110), st.integers(60_000, 70_000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(SIZES, st.sampled_from([0.0, 0.001, 0.02, 0.05, 0.3, 1.0])), min_size=1, max_size=6),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.integers(1, 3),
+    st.integers(0, 1 << 30),
+)
+@example([(1, 1.0)], torch.float32, 1, 0)
+@example([(0, 0.0), (4096, 1.0), (4097, 0.05)], torch.bfloat16, 2, 0)
+def test_any_levels_are_added_where_they_belong_and_taken_off(tensors: list[tuple[int, float]], dtype: torch.dtype, threads: int, seed: int) -> None:
+    """The kernel of attach beside the dense formula, in the middle of memory that must stay as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    room = torch.randn(sum(size for size, _ in tensors) + 40 * (len(tensors) + 1), generator=generator).to(dtype)
+    wanted, before = room.clone(), room.clone()
+    parts, levels, start, same = [], [], 40, 0
+    for number, (size, density) in enumerate(tensors):
+        one = random_levels((size,), density, seed + number)
+        part = slice(start, start + size)
+        wanted[part] = (room[part].float() + SCALE * torch.from_numpy(one)).to(dtype)
+        same += int(((wanted[part] == before[part]) & (torch.from_numpy(one) != 0)).sum())
+        parts.append(room[part])
+        levels.append(one)
+        start += size + 40
+    streams = [stream_of(np.flatnonzero(one), one[one != 0] < 0, one.size) for one in levels]
+    data = np.frombuffer(b"".join(streams) + bytes(PADDING), np.uint8)
+    stops = np.cumsum([len(raw) for raw in streams]).tolist()
+    coded = [Ternary.open((one.size,), SCALE, FAST, data, stop - len(raw), stop) for one, raw, stop in zip(levels, streams, stops, strict=True)]
+    count, least = torch.get_num_threads(), update._THREAD
+    torch.set_num_threads(threads)
+    update._THREAD = 100
+    try:
+        (step,) = sparse_adds(parts, Joined.of(coded))
+        step.apply()
+        assert torch.equal(room, wanted)
+        assert step.swallowed == same
+        step.revert()
+        assert torch.equal(room, before)
+        step.revert()
+        assert torch.equal(room, before)
+    finally:
+        torch.set_num_threads(count)
+        update._THREAD = least
 
 
 def depth(value: Any) -> int:
