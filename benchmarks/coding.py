@@ -206,6 +206,9 @@ def main() -> None:
     pafi = sterna.compress(inputs.base_folder(options), pafi_ternary.trained("PaFi .005"), density=0.3, alpha=2.0)
     streams_goal(report, "PaFi .005 of the encoder, density .3", pafi)
     profile(report, "PaFi .005 of the encoder", pafi)
+    adapter = sterna.compress(inputs.base_folder(options), inputs.adapter_folder(options), density=0.1)
+    streams_goal(report, "LoRA r=8 of the encoder, density 0.1", adapter)
+    profile(report, "LoRA r=8 of the encoder", adapter)
     if folder := inputs.causal_lm(options):
         trained = causal_lm_training.trained(causal_lm_training.LORA, 5e-3, folder, causal_lm_training.dialogue(folder), causal_lm_training.STEPS)
         for density in LIMITS:

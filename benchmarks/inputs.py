@@ -31,21 +31,26 @@ def base_folder(options: argparse.Namespace) -> Path:
 
 def tuned_folder(options: argparse.Namespace) -> Path:
     """The demo's full fine-tune on 20 newsgroups, from its cache; trained now where it is not there (about ten minutes)."""
-    return options.tuned or _trained(options, 0)
+    return options.tuned or _trained(options, 0, "full")
 
 
 def second_folder(options: argparse.Namespace) -> Path:
     """A full fine-tune on another task, election tweets (two epochs of 2,000), kept beside it; trained where it is not there (some five minutes)."""
-    return _trained(options, 1)
+    return _trained(options, 1, "full")
 
 
-def _trained(options: argparse.Namespace, number: int) -> Path:
+def adapter_folder(options: argparse.Namespace) -> Path:
+    """The demo's LoRA adapter of rank 8 on election tweets, from its cache; trained now where it is not there (some three minutes)."""
+    return _trained(options, 1, "lora")
+
+
+def _trained(options: argparse.Namespace, number: int, kind: str) -> Path:
     chosen, cache, base = checked(DemoOptions()), cache_folder(), base_folder(options)
     tokenizer = load_tokenizer(base)
-    chosen = replace(chosen, max_length=length_limit(base, tokenizer, chosen.max_length), lora_rows=2000)
-    task, recipe = tasks_of(chosen, cache)[number], recipes_of(chosen)[0]
-    if number:
-        recipe = replace(recipe, epochs=2)
+    chosen = replace(chosen, max_length=length_limit(base, tokenizer, chosen.max_length))
+    if number and kind == "full":
+        chosen = replace(chosen, lora_rows=2000, epochs=2)
+    task, recipe = tasks_of(chosen, cache)[number], next(recipe for recipe in recipes_of(chosen) if recipe.kind == kind)
     target = run_folder(recipe, base, task, cache / "demo" / "runs")
     if not target.is_dir():
         harness.note(f"training a full fine-tune on {task.name}, some minutes, once")

@@ -116,15 +116,26 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
     def exact(name: str) -> np.ndarray:
         return np.frombuffer(raw[name], DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
 
+    before: dict[str, Any] = {}
+
+    def key_of(name: str, known: bool) -> str:
+        module = name.rpartition(".")[0]
+        key = before["lead"] + module if known else text(table)
+        before["lead"] = key[: len(key) - len(module)] if key.endswith(module) else None
+        return key
+
     def change(kind: int, name: str) -> tuple[Any, ...]:
         if kind == 0:
             return "add", ternary()
         if kind == 1:
-            flags, key, scaling = varint(table), text(table), struct.unpack("<d", table.read(8))[0]
+            flags = varint(table)
+            key = key_of(name, bool(flags & 4))
+            before["scaling"] = scaling = before["scaling"] if flags & 8 else struct.unpack("<d", table.read(8))[0]
             return "factors", key, ternary(), ternary(), scaling, bool(flags & 1), bool(flags & 2)
         if kind == 2:
-            axis, biased, key = varint(table), varint(table), text(table)
-            return "multiply", key, axis, text(table) if biased else None, ternary()
+            axis, flags = varint(table), varint(table)
+            key = key_of(name, bool(flags & 2))
+            return "multiply", key, axis, text(table) if flags & 1 else None, ternary()
         if kind == 3:
             role, number = ("head", "buffer", "rows", "untied", "saved", "tuned")[varint(table)], varint(table)
             scales = exact(f"{name}.scales") if role == "head" and number else None

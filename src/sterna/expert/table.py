@@ -62,6 +62,21 @@ def name_fault(name: str) -> str | None:
     return None
 
 
+@dataclass(slots=True)
+class _Before:
+    """What the rows before tell of an adapter's next one: what its key has before the module's own name, and its scaling."""
+
+    lead: str | None = None
+    scaling: bytes | None = None
+
+    def key(self, name: str) -> str | None:
+        return None if self.lead is None else self.lead + name.rpartition(".")[0]
+
+    def learn(self, name: str, key: str) -> None:
+        module = name.rpartition(".")[0]
+        self.lead = key.removesuffix(module) if key.endswith(module) else None
+
+
 # Writing
 
 
@@ -78,8 +93,9 @@ def write_table(fingerprint: Fingerprint, changes: Iterable[Change], scaled: boo
         _put(out, len(shape), *shape)
     numbers = {name: i for i, name in enumerate(fingerprint.names)}
     _put(out, len(changes))
+    before = _Before()
     for change in changes:
-        _put_row(out, change, numbers, {shape: i for i, shape in enumerate(shapes)}, scaled)
+        _put_row(out, change, before, numbers, {shape: i for i, shape in enumerate(shapes)}, scaled)
     return bytes(out)
 
 
@@ -137,7 +153,9 @@ def _put_names(out: bytearray, names: tuple[str, ...]) -> None:
         before = now
 
 
-def _put_row(out: bytearray, change: Change, numbers: Mapping[str, int], shapes: Mapping[tuple[int, ...], int], scaled: bool) -> None:
+def _put_row(
+    out: bytearray, change: Change, before: _Before, numbers: Mapping[str, int], shapes: Mapping[tuple[int, ...], int], scaled: bool
+) -> None:
     kind = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED}[type(change)]
     out.append(kind)
     _put(out, numbers.get(change.name, -1) + 1)
@@ -145,12 +163,21 @@ def _put_row(out: bytearray, change: Change, numbers: Mapping[str, int], shapes:
         _put_text(out, change.name)
     match change:
         case Factors():
-            _put(out, change.transposed | change.embedding << 1)
-            _put_text(out, change.key)
-            out += struct.pack("<d", change.scaling)
+            scaling = struct.pack("<d", change.scaling)
+            known, same = change.key == before.key(change.name), scaling == before.scaling
+            _put(out, change.transposed | change.embedding << 1 | known << 2 | same << 3)
+            if not known:
+                _put_text(out, change.key)
+            if not same:
+                out += scaling
+            before.learn(change.name, change.key)
+            before.scaling = scaling
         case Multiply():
-            _put(out, change.axis, int(change.bias is not None))
-            _put_text(out, change.key)
+            known = change.key == before.key(change.name)
+            _put(out, change.axis, (change.bias is not None) | known << 1)
+            if not known:
+                _put_text(out, change.key)
+            before.learn(change.name, change.key)
             if change.bias is not None:
                 _put_text(out, change.bias)
         case Set():
@@ -263,7 +290,8 @@ def read_table(
         if _extent(shape) > MAX_ENTRIES:
             raise InvalidFile(f"the table has a shape {shape} of more than 2^48 entries")
         streams.shapes.append(shape)
-    changes = [_row(reader, names, streams, exact) for _ in range(reader.number(min(reader.left, MAX_NAMES), "number of changes"))]
+    before = _Before()
+    changes = [_row(reader, before, names, streams, exact) for _ in range(reader.number(min(reader.left, MAX_NAMES), "number of changes"))]
     if fault := _rows_fault(changes):
         raise InvalidFile(f"the table's {fault}")
     if reader.left or streams.at != stop:
@@ -345,16 +373,28 @@ def _names(reader: _Reader) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _row(reader: _Reader, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Change:
+def _key(reader: _Reader, before: _Before, name: str, known: bool) -> str:
+    """The key of an adapter's row: the row's own, or made of the one before."""
+    key = before.key(name) if known else reader.name("key")
+    if key is None or (fault := name_fault(key)):
+        raise InvalidFile(f"the table's key of {name} is to be made of the row before, " + ("which has none such" if key is None else f"but {fault}"))
+    before.learn(name, key)
+    return key
+
+
+def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Change:
     kind = reader.number(5, "kind of change")
     number = reader.number(len(names), "name")
     name = names[number - 1] if number else reader.name("name")
     if kind == _ADD:
         return Add(name, streams.ternary(reader))
     if kind == _FACTORS:
-        flags = reader.number(3, "flags")
-        key = reader.name("key")
-        scaling = reader.floating("<d", "scaling")
+        flags = reader.number(15, "flags")
+        key = _key(reader, before, name, bool(flags & 4))
+        if flags & 8 and before.scaling is None:
+            raise InvalidFile(f"the table's scaling of {name} is to be that of the row before, which has none")
+        scaling: float = struct.unpack("<d", before.scaling)[0] if flags & 8 and before.scaling else reader.floating("<d", "scaling")
+        before.scaling = struct.pack("<d", scaling)
         change = Factors(name, key, streams.ternary(reader), streams.ternary(reader), scaling, bool(flags & 1), bool(flags & 2))
         A, B = change.A, change.B
         if len(A.shape) < 2 or len(B.shape) < 2 or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1 or not A.size or not B.size:
@@ -364,9 +404,9 @@ def _row(reader: _Reader, names: tuple[str, ...], streams: _Streams, exact: Call
         return change
     if kind == _MULTIPLY:
         axis = reader.number(MAX_DIMENSIONS - 1, "axis")
-        biased = reader.number(1, "flag")
-        key = reader.name("key")
-        bias = reader.name("bias") if biased else None
+        flags = reader.number(3, "flags")
+        key = _key(reader, before, name, bool(flags & 2))
+        bias = reader.name("bias") if flags & 1 else None
         return Multiply(name, key, streams.ternary(reader), axis, bias)
     if kind == _SET:
         return _set_row(reader, name, bool(number), exact)

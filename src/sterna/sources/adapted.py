@@ -84,12 +84,15 @@ def _embeddings(base: Checkpoint, adapter: Adapter, alignment: Alignment) -> lis
     return kept
 
 
-_LEFT_OUT = frozenset({"base_model_name_or_path", "auto_mapping"})  # a path of the trainer's machine; code to import by name
+_LEFT_OUT = frozenset({"base_model_name_or_path", "auto_mapping", "megatron_core", "qalora_group_size"})
+"""A path of the trainer's machine; code to import by name; what other fields that are not supported would read."""
 
 
 def _portable_config(adapter: Adapter) -> Mapping[str, Any]:
-    """adapter_config.json without what says where the base lay, without empty fields, and with patterns that do not depend on their order."""
-    config = {key: value for key, value in adapter.config.items() if value not in (None, {}, []) and key not in _LEFT_OUT}
+    """adapter_config.json without what says where the base lay, with patterns that do not depend on their order, and without fields that are empty or
+    off: PEFT's are off by default, but for how an adapter begins."""
+    kept = {key: value for key, value in adapter.config.items() if value not in (None, {}, []) and key not in _LEFT_OUT}
+    config = {key: value for key, value in kept.items() if value is not False or key.startswith("init_")}
     if config.pop("rank_pattern", None) or config.pop("alpha_pattern", None):
         config.pop("alpha_pattern", None)
         config["rank_pattern"] = {factor.key: int(factor.A.shape[0]) for factor in adapter.factors}
