@@ -148,6 +148,10 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
             values = ternary() if varint(table) else exact("sterna.values")
             assert (values[0] if isinstance(values, tuple) else values).shape == (count,), "the count of a mask"
             return "masked", order, seed, eligible, values
+        if kind == 6:
+            dtype, coding, shape, length = ("F32", "F16", "BF16")[varint(table)], varint(table), shapes[varint(table)], varint(table)
+            assert coding == 1, "the lossless coding"
+            return "lossless", dtype, list(shape), streams.read(length), table.read(16)
         flags, scale = varint(table), struct.unpack("<d", table.read(8))[0]
         return "folded", ("relu", "gelu", "identity")[flags & 3], bool(flags & 4), scale, exact(f"{name}.D"), exact(f"{name}.U")
 

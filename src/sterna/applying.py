@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Factors, Folded, Joined, Masked, Multiply, Set, Ternary, touched
+from sterna.expert.changes import Add, Factors, Folded, Joined, Lossless, Masked, Multiply, Set, Ternary, touched
 from sterna.expert.container import ITEM_BYTES, Part, safetensors_pieces
 from sterna.expert.expert import Expert, exact_bytes, folded_shape, masked_parts, masked_value, new_value, refuse_count
 from sterna.expert.file import CODES, load
@@ -46,7 +46,9 @@ def apply(
     """Write the tuned model into the new folder `out`, whole or not at all, and return it.
 
     A full checkpoint in the base's dtypes, with its configuration and tokenizer; for an expert made from LoRA or (IA)3 a PEFT folder, or with
-    `merged` the full checkpoint. Tensors stream one at a time. Raises WrongBase, InvalidFile, CannotWrite, and what opening the base raises.
+    `merged` the full checkpoint; for a lossless one the tuned tensors to the bit, in their dtypes. Tensors stream one at a time.
+
+    Raises WrongBase, InvalidFile, CannotWrite, and what opening the base raises.
     """
     if not isinstance(expert, Expert):
         expert = load(expert)
@@ -124,6 +126,8 @@ def _parts(expert: Expert, base: Checkpoint, own: Mapping[str, str]) -> list[Par
         applied = changes.pop(name, [])
         dtype, shape = info.dtype, info.shape
         for change in applied:
+            if isinstance(change, Lossless):
+                dtype = change.dtype
             if isinstance(change, Set):
                 shape = (change.first_row + change.value.shape[0], *shape[1:]) if change.role == "rows" else tuple(change.value.shape)
                 dtype = dtype if change.role in ("rows", "tuned") else _dtype(change)
@@ -150,7 +154,7 @@ class _Entries:
     part: torch.Tensor
 
 
-_Whole = Add | Factors | Multiply | Folded | Set
+_Whole = Add | Factors | Multiply | Folded | Set | Lossless
 
 
 def _entries(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> dict[str, _Entries]:
@@ -171,6 +175,8 @@ def _shape_wanted(change: _Whole | _Entries, shape: tuple[int, ...]) -> tuple[in
             return change.levels.shape
         case Folded():
             return folded_shape(change, shape)
+        case Lossless():
+            return change.shape
         case Set(role="tuned"):
             return tuple(change.value.shape)
     return shape

@@ -16,7 +16,7 @@ import torch
 from sterna import comparison
 from sterna.comparison import Overlap
 from sterna.errors import InvalidArgument
-from sterna.expert.changes import Add, Factors, Joined, Masked, Multiply, Ternary, is_tuned, touched
+from sterna.expert.changes import Add, Factors, Joined, Masked, Multiply, Ternary, needs_base, touched
 from sterna.expert.expert import DENSE_FREE, DENSE_RATIO
 from sterna.expert.facts import BaseFacts
 from sterna.numbers import bits, torch_bits
@@ -183,10 +183,11 @@ def bitmasks(expert: Expert, names: Collection[str] | None = None) -> Bitmasks:
 def leveled(expert: Expert, names: Collection[str] | None = None) -> tuple[Leveled, ...]:
     """The changes (of those names) that are made of levels, in their order. Raises InvalidArgument for exact values of PaFi and HiWi."""
     picked = [change for change in expert.changes if names is None or change.name in names]
-    exact = [change.name for change in picked if is_tuned(change) and not change.ternaries]
+    exact = [change.name for change in picked if needs_base(change) and not change.ternaries]
     if exact:
         more = f" (and {len(exact) - 1} more)" if exact[1:] else ""
-        raise InvalidArgument(f"the expert holds exact values for {exact[0]}{more}, which bit masks cannot: compress it over its base first")
+        how = "compress it over its base first" if expert.lossless is None else "compress the tuned model without lossless"
+        raise InvalidArgument(f"the expert holds exact values for {exact[0]}{more}, which bit masks cannot: {how}")
     return tuple(change for change in picked if isinstance(change, Add | Factors | Multiply | Masked))
 
 

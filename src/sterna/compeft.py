@@ -64,7 +64,7 @@ def ternarize(
             file.write(bytes(PADDING))
             file.flush()
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
         data: U8 = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     return [Ternary.open(piece.shape, scale, coding, data, start, stop) for piece, scale, start, stop in placed], math.sqrt(squares)
 
@@ -122,10 +122,11 @@ def _write_streams(
             try:
                 file.write(record)
             except OSError as error:
-                raise _no_room(error) from error
+                raise no_room(error) from error
             advance(chunk.size)
         yield piece, begin, file.tell()
 
 
-def _no_room(error: OSError) -> CannotWrite:
+def no_room(error: OSError) -> CannotWrite:
+    """What to say where coded streams do not fit the temporary folder."""
     return CannotWrite(f"no room for the coded streams in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a larger folder")

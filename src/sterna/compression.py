@@ -13,10 +13,12 @@ from sterna.codings import DEFAULT, Sequential, by_name, default_coding
 from sterna.compeft import check_options, ternarize
 from sterna.errors import InvalidArgument, PairingError
 from sterna.expert.changes import Set
+from sterna.expert.container import is_expert
 from sterna.expert.expert import Expert
 from sterna.expert.facts import BaseFacts, Facts, Scope
 from sterna.expert.file import refuse_unwritable
 from sterna.fingerprint import HASHED_DTYPES, Fingerprint, fingerprint
+from sterna.lossless import Both, coded
 from sterna.precision import HeadPrecision, check_head, stored
 from sterna.progress import Progress, silent
 from sterna.recoding import recoded
@@ -25,9 +27,11 @@ from sterna.sources.adapter import is_adapter, read_adapter
 from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint, resolve
 from sterna.sources.config import added_tokens
 from sterna.sources.finetune import finetune
+from sterna.sources.pairing import pair
 from sterna.sources.trained import trained, trained_expert
 from sterna.taskvector import TaskVector
 
+DENSITY, ALPHA = 0.1, 4.0
 UNRELATED = 0.5
 """|tau| / |base| above which two checkpoints are taken for strangers."""
 
@@ -36,13 +40,14 @@ def compress(
     base: Source,
     tuned: Source | Expert,
     *,
-    density: float = 0.1,
-    alpha: float = 4.0,
-    scope: Scope = "global",
+    density: float | None = None,
+    alpha: float | None = None,
+    scope: Scope | None = None,
     exclude: Sequence[str] = (),
     head: HeadPrecision = "exact",
     force: bool = False,
-    coding: str = DEFAULT,
+    coding: str | None = None,
+    lossless: bool = False,
     metadata: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = silent,
@@ -51,13 +56,17 @@ def compress(
 
     `base` and `tuned` are model folders, safetensors files, hub ids, state dicts or modules; `tuned` may also be a PEFT folder with a LoRA or (IA)3,
     or an exact expert (or its file) that PaFi or HiWi trained: the new one keeps its mask, its head and what it says of itself.
-    Keeps the signs of the `density` share of entries of largest magnitude, each worth alpha * std(task vector); `scope="tensor"` does so tensor by
-    tensor. `exclude` are glob patterns over the base's names that stay at the base. Heads and changed buffers are kept exact;
+    Keeps the signs of the `density` share (.1) of entries of largest magnitude, each worth alpha (4) * std(task vector); `scope="tensor"` does so
+    tensor by tensor. `exclude` are glob patterns over the base's names that stay at the base. Heads and changed buffers are kept exact;
     `head` stores heads in "fp16", "bf16" or "int8" (matrices with a scale for each row, vectors in float16). `force` goes on where
     the two do not seem to belong together. `metadata` is any JSON of yours. `warn` is told what a user should know.
+    `lossless` keeps the tuned checkpoint to the bit instead, as what was added to the base's bit patterns: no density, alpha, scope or coding then.
 
     Raises InvalidArgument, PairingError, WrongBase (of an expert), Unsupported, NotFound, InvalidFile or CannotWrite before anything is written.
     """
+    given = {"density": density, "alpha": alpha, "scope": scope, "coding": coding, "head": None if head == "exact" else head}
+    density, alpha = DENSITY if density is None else density, ALPHA if alpha is None else alpha
+    scope, coding = scope or "global", coding or DEFAULT
     check_options(density, alpha)
     if scope not in ("global", "tensor"):
         raise InvalidArgument(f"scope is {scope!r}; expected 'global' or 'tensor'")
@@ -67,6 +76,8 @@ def compress(
         raise InvalidArgument(str(error.args[0])) from None
     check_head(head)
     ours = open_checkpoint(base)
+    if lossless:
+        return _lossless(ours, tuned, given, exclude, dict(metadata or {}), warn, progress)
     before = trained_expert(tuned)
     if before is not None:
         task = trained(ours, before, exclude, progress)
@@ -92,20 +103,53 @@ def compress(
     how |= {"scale": levels[0].scale if scope == "global" else 0.0, "parameters": sum(piece.size for piece in task.pieces)}
     if before is not None:
         return Expert(replace(before.facts, **how, metadata={**before.facts.metadata, **(metadata or {})}), mark, tuple(changes))
-    facts = Facts(
+    return Expert(_facts(ours, mark, task, dict(metadata or {}), how), mark, tuple(changes))
+
+
+def _lossless(
+    base: Checkpoint,
+    tuned: Source | Expert,
+    given: Mapping[str, Any],
+    exclude: Sequence[str],
+    metadata: Mapping[str, Any],
+    warn: Callable[[str], None],
+    progress: Progress,
+) -> Expert:
+    """The expert that gives `tuned`, a full checkpoint, back to the bit. `given` are the options that do not go with it, where they were."""
+    if refused := [name for name, value in given.items() if value is not None]:
+        raise InvalidArgument(f"{refused[0]} is {given[refused[0]]!r}; a lossless expert keeps every bit, so expected none")
+    if isinstance(tuned, Expert) or (isinstance(tuned, str | os.PathLike) and (is_expert(tuned) or is_adapter(resolve(tuned)))):
+        raise InvalidArgument("the tuned model is an adapter or an expert; expected a full checkpoint for a lossless expert: apply it first, merged")
+    theirs = open_checkpoint(tuned)
+    pairing = pair(base, theirs, exclude, to_the_bit=True)
+    task = finetune(base, theirs, exclude, pairing)
+    for warning in task.warnings:
+        warn(warning)
+    for change in task.exact:
+        refuse_unwritable(change)
+    mark = base_fingerprint(base, progress)
+    changes = coded([Both(p.name, p.shape, base.read(p.name), theirs.read(p.tuned)) for p in pairing.pairs], progress)
+    if not changes:
+        warn("the tuned model equals the base in every tensor that is compressed: the expert changes nothing there")
+    how = {"method": "lossless", "density": None, "alpha": None, "scope": "global", "scale": 0.0, "writer": f"sterna {__version__}"}
+    facts = _facts(base, mark, task, metadata, {**how, "parameters": pairing.entries})
+    return Expert(facts, mark, tuple(sorted([*changes, *task.exact], key=lambda change: (change.name, isinstance(change, Set)))))
+
+
+def _facts(base: Checkpoint, mark: Fingerprint, task: TaskVector, metadata: Mapping[str, Any], how: Mapping[str, Any]) -> Facts:
+    return Facts(
         source=task.source,
-        base=base_facts(ours, mark),
+        base=base_facts(base, mark),
         architecture=task.architecture,
         prefixes=task.prefixes,
         dropped=task.dropped,
         excluded=task.excluded,
         config=task.config,
-        tokens=added_tokens(ours.folder, task.folder),
+        tokens=added_tokens(base.folder, task.folder),
         adapter=task.adapter,
-        metadata=dict(metadata or {}),
+        metadata=metadata,
         **how,
     )
-    return Expert(facts, mark, tuple(changes))
 
 
 def _task_vector(base: Checkpoint, tuned: Source, exclude: Sequence[str]) -> TaskVector:

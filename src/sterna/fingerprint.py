@@ -11,7 +11,7 @@ import struct
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -180,23 +180,36 @@ def compare(base: Fingerprint, digests: Mapping[str, tuple[bytes, torch.dtype]])
 
 
 def require_base(
-    base: Fingerprint, label: str, digests: Mapping[str, tuple[bytes, torch.dtype]], allow_narrower: bool = False, masked: bool = False
+    base: Fingerprint,
+    label: str,
+    digests: Mapping[str, tuple[bytes, torch.dtype]],
+    allow_narrower: bool = False,
+    masked: bool = False,
+    lossless: Mapping[str, torch.dtype] | None = None,
 ) -> Comparison:
     """Raise WrongBase, naming the first culprits, unless the tensors are the base called `label`, or a narrower load that is allowed.
 
-    No narrower load is where a mask is to be made of the base (`masked`).
+    No narrower load is where a mask is to be made of the base (`masked`), or tensors are to become others to the bit (`lossless`: their dtypes by
+    name): but a tensor that was rounded to its very dtype is what it is made of, whatever is allowed.
     """
     result = compare(base, digests)
+    if lossless is not None:
+        result = replace(result, narrower=tuple(name for name in result.narrower if lossless.get(name) != digests[name][1]))
     if result.different:
         first = ", ".join(result.different[:4])
         raise WrongBase(f"this is not the expert's base {label!r}: {len(result.different)} of {len(digests)} tensors differ, the first: {first}")
-    if result.narrower and (masked or not allow_narrower):
+    if result.narrower and (masked or lossless is not None or not allow_narrower):
         dtype = str(digests[result.narrower[0]][1]).removeprefix("torch.")
         if masked:
             raise WrongBase(
                 f"this is the expert's base {label!r} in {dtype}, narrower than the one it was made on ({len(result.narrower)} tensors, the first: "
                 f"{result.narrower[0]}): the expert's mask is made of the base's magnitudes, and rounding puts them in another order. "
                 "Load the base in its own dtype or a wider one"
+            )
+        if lossless is not None:
+            raise WrongBase(
+                f"this is the expert's base {label!r} in {dtype}, narrower than the one it was made on ({len(result.narrower)} tensors, the first: "
+                f"{result.narrower[0]}): a lossless expert adds to the base's very bits. Load the base in its own dtype or a wider one"
             )
         raise WrongBase(
             f"this is the expert's base {label!r} in {dtype}, narrower than the one it was made on ({len(result.narrower)} tensors, the first: "

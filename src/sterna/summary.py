@@ -7,14 +7,17 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sterna.expert.changes import Change, Folded, Masked, Set
+from sterna.expert.changes import Change, Folded, Lossless, Masked, Set, streams
 from sterna.expert.expert import Expert
 from sterna.expert.facts import Facts
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One change: entries that are coded, how many are not zero, and the bytes that they take; an exact tensor has no entries and no non-zeros."""
+    """One change: entries that are coded, how many are not zero (lossless: are other than the base's), and the bytes that they take.
+
+    An exact tensor has no entries and no non-zeros.
+    """
 
     name: str
     change: str
@@ -47,7 +50,8 @@ class Summary:
     `parameters` is d, the length of the task vector; `bits_per_parameter` counts streams and table, exact tensors not; `entropy_bits_per_parameter`
     is the i.i.d. entropy of a ternary vector with this many non-zeros and signs; `ratio_to_16bit` is a 16-bit copy of the task vector and the exact
     tensors over `bytes`; of the whole base and the head, where PaFi or HiWi trained it. `coding` is the name of the streams'
-    coding, None where there are none.
+    coding, None where there are none. Of a lossless expert `nonzeros` are the entries that changed, `bits_per_change` is what each takes, and no
+    entropy is given (0).
     """
 
     facts: Facts
@@ -63,6 +67,7 @@ class Summary:
     nonzeros: int
     bits_per_parameter: float
     entropy_bits_per_parameter: float
+    bits_per_change: float | None
     ratio_to_16bit: float
     mask: MaskSummary | None
     coding: str | None
@@ -84,24 +89,25 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
     size = expert.file_bytes or sum(len(piece) for piece in file_pieces(expert))
     table = len(write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor"))
     tensors = tuple(_tensor(change) for change in expert.changes)
-    streams = sum(t.stop - t.start for t in expert.ternaries)
+    coded = sum(stream.size for change in expert.changes for stream in streams(change))
     exact = sum(_bytes(change) for change in expert.changes)
-    entries = sum(t.entries for t in tensors)
+    entries = expert.facts.parameters if expert.lossless is not None else sum(t.entries for t in tensors)
     nonzeros = sum(t.nonzeros for t in tensors)
     return Summary(
         facts=expert.facts,
         digest=expert.digest,
         content_digest=expert.content_digest,
         bytes=size,
-        bytes_streams=streams,
+        bytes_streams=coded,
         bytes_table=table,
         bytes_exact=exact,
         bytes_head=sum(_bytes(change) for change in expert.changes if isinstance(change, Set) and change.role == "head"),
-        bytes_header=size - streams - table - exact - 32,
+        bytes_header=size - coded - table - exact - 32,
         parameters=entries,
         nonzeros=nonzeros,
-        bits_per_parameter=8 * (streams + table) / entries if entries else 0.0,
-        entropy_bits_per_parameter=ternary_entropy(nonzeros / entries) if entries else 0.0,
+        bits_per_parameter=8 * (coded + table) / entries if entries else 0.0,
+        entropy_bits_per_parameter=ternary_entropy(nonzeros / entries) if entries and expert.lossless is None else 0.0,
+        bits_per_change=8 * coded / nonzeros if nonzeros and expert.lossless is not None else None,
         ratio_to_16bit=2 * _fully_tuned(expert, entries) / size,
         mask=next((_mask(expert.facts, change) for change in expert.changes if isinstance(change, Masked)), None),
         coding="+".join(sorted({ternary.coding.name for ternary in expert.ternaries})) or None,
@@ -139,6 +145,9 @@ def _tensor(change: Change) -> TensorSummary:
             return TensorSummary(change.name, f"set ({change.role})", tuple(change.value.shape), 0, 0, _bytes(change))
         case Folded():
             return TensorSummary(change.name, f"folded ({change.activation})", tuple(change.D.shape), 0, 0, _bytes(change))
+        case Lossless():
+            kind = f"lossless ({str(change.dtype).removeprefix('torch.')})"
+            return TensorSummary(change.name, kind, change.shape, math.prod(change.shape), change.count, change.stream.size)
         case Masked() if not change.ternaries:
             return TensorSummary(change.name, _masked(change), (change.rule.count,), 0, 0, _bytes(change))
     parts = change.ternaries

@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 
 from sterna.errors import WrongBase
-from sterna.expert.changes import Masked, Set, touched
-from sterna.expert.expert import Expert
+from sterna.expert.changes import Lossless, Masked, Set, touched
+from sterna.expert.expert import Expert, refuse_shape
 from sterna.fingerprint import HASHED_DTYPES, require_base, tensor_digest
+from sterna.lossless import rebuilt
 from sterna.progress import Progress, silent
 from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint
 from sterna.sources.names import align, some
@@ -27,7 +28,7 @@ class Verification:
 def verify(
     expert: Expert | str | os.PathLike[str], base: Source | None = None, *, allow_narrower: bool = False, progress: Progress = silent
 ) -> Verification:
-    """Check the file's structure, checksum and every stream, and the base's fingerprint where one is given.
+    """Check the file's structure, checksum and every stream, and the base's fingerprint where one is given (lossless streams decode with it alone).
 
     Raises NotFound, InvalidFile or WrongBase.
     """
@@ -39,7 +40,10 @@ def verify(
     if base is None:
         return Verification(expert.digest, None)
     opened = open_checkpoint(base)
-    _, narrower, absent = require_checkpoint(expert, opened, allow_narrower, progress)
+    own, narrower, absent = require_checkpoint(expert, opened, allow_narrower, progress)
+    made = [(change, opened.read(own[change.name])) for change in expert.changes if isinstance(change, Lossless)]
+    for (change, tensor), _ in zip(made, rebuilt(made), strict=True):  # each is held against its digest
+        refuse_shape(change, {change.name: tensor})
     return Verification(expert.digest, opened.label, narrower, absent)
 
 
@@ -59,7 +63,7 @@ def require_checkpoint(
         digests[name] = (tensor_digest(tensor), tensor.dtype)
         progress("verify base", number + 1, len(own), "tensors")
     masked = any(isinstance(change, Masked) for change in expert.changes)
-    result = require_base(expert.fingerprint, expert.facts.base.name, digests, allow_narrower, masked)
+    result = require_base(expert.fingerprint, expert.facts.base.name, digests, allow_narrower, masked, expert.lossless)
     known = set(expert.fingerprint.names)
     kept = {change.name for change in expert.changes if isinstance(change, Set) and change.role != "tuned"}
     lost = [name for change in expert.changes for name in touched(change) if name in known and name not in own and name not in kept]

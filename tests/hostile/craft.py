@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
-ADD, FACTORS, MULTIPLY, SET, MASKED, FOLDED = range(6)
+ADD, FACTORS, MULTIPLY, SET, MASKED, FOLDED, LOSSLESS = range(7)
 CHUNK = 1 << 20
 
 
@@ -114,14 +114,29 @@ class Levels:
 
 
 @dataclass
+class Bits:
+    """What a lossless row tells of its tensor."""
+
+    dtype: int
+    shape: int
+    stream: bytes
+    digest: bytes
+    coding: int = 1
+    length: int | None = None
+
+    def row(self, scaled: bool) -> bytes:
+        return varint(self.dtype, self.coding, self.shape, len(self.stream) if self.length is None else self.length) + self.digest
+
+
+@dataclass
 class Row:
-    """A row: its kind, the number of its name (0 and a name of its own for a tensor that the base lacks), the kind's fields, its ternary tensors."""
+    """A row: its kind, the number of its name (0 and a name of its own for a tensor that the base lacks), the kind's fields, what it codes."""
 
     kind: int
     number: int
     own: str | bytes = ""
     fields: bytes = b""
-    levels: list[Levels] = field(default_factory=list)
+    levels: Sequence[Levels | Bits] = ()
 
     def bytes(self, scaled: bool) -> bytes:
         name = varint(self.number) + (b"" if self.number else text(self.own))
@@ -338,6 +353,25 @@ def first_coding() -> Draft:
     return Draft(facts(), ["a.0.w", "a.1.b", "b"], [(50, 100), (12,), (9,)], rows)
 
 
+BITS = bytes.fromhex("0c 02 0d 08 00 88 92 5a 77 5e af ed 9b 68 dd 8e 04 ba")
+"""The stream of the first test vector of lossless coding 1: 12 of 6 x 5 entries in bfloat16 changed."""
+
+
+def lossless_facts(**changes: Any) -> dict[str, Any]:
+    return facts(**({"method": "lossless", "density": None, "alpha": None, "scale": None, "parameters": 100} | changes))
+
+
+def lossless() -> Draft:
+    """Bits of a matrix and of a vector, an equal tensor in another dtype, and an exact head."""
+    rows = [
+        Row(LOSSLESS, 1, levels=[Bits(2, 0, BITS, bytes(range(16)))]),
+        Row(LOSSLESS, 2, levels=[Bits(0, 1, bytes.fromhex("01 00 01 35"), bytes(16))]),
+        Row(LOSSLESS, 3, levels=[Bits(1, 1, b"\0", bytes(16))]),
+        Row(SET, 0, "score.weight", varint(0, 0)),
+    ]
+    return Draft(lossless_facts(), ["a", "b", "c"], [(6, 5), (3, 1)], rows, [("score.weight", "BF16", [4], bytes(8))])
+
+
 def nothing() -> Draft:
     """An expert without a change, of a base without a tensor."""
     return Draft(facts(), [], [], [])
@@ -363,4 +397,5 @@ SPECIMENS: dict[str, Callable[[], Draft]] = {
     "trained": trained,
     "masked": masked,
     "first_coding": first_coding,
+    "lossless": lossless,
 }

@@ -22,13 +22,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hostile.craft import (
     ADD,
+    BITS,
     CHUNK,
     FACTORS,
     FOLDED,
     ITEM_BYTES,
+    LOSSLESS,
     MASKED,
     MULTIPLY,
     SET,
+    Bits,
     Draft,
     Levels,
     Row,
@@ -40,6 +43,8 @@ from hostile.craft import (
     framed,
     header_of,
     kinds,
+    lossless,
+    lossless_facts,
     mask,
     masked,
     name_table,
@@ -76,6 +81,7 @@ def cases() -> Iterator[Case]:
     yield from indices(1)
     yield from rice_planes()
     yield from small_streams()
+    yield from lossless_streams()
     yield from too_large()
 
 
@@ -353,7 +359,7 @@ def changes() -> Iterator[Case]:
         return rows(name, phrase, Row(ADD, 1, levels=[levels]), **pieces)
 
     tensorwise = {"facts": scaled().facts}
-    yield rows("kind_unknown", "kind of change is 6", Row(6, 1, levels=[small]))
+    yield rows("kind_unknown", "kind of change is 7", Row(7, 1, levels=[small]))
     yield rows("kind_huge", "kind of change is 127", Row(127, 1, levels=[small]))
     yield rows("name_out_of_range", "name is 4", Row(ADD, 4, levels=[small]))
     yield rows("name_path", "is a path", Row(ADD, 0, "../../x", levels=[small]))
@@ -649,6 +655,50 @@ def small_streams() -> Iterator[Case]:
     yield case("flat_spare_byte", decode, varint(2) + b"\0" + bytes(8) + b"\x01")
     yield case("too_many_entries", "tell of 1,048,576 entries", sound, (1 << 10, 1 << 10))
     yield case("far_too_many_entries", "tell of 281,474,976,710,656 entries", sound, (1 << 24, 1 << 24))
+
+
+def lossless_streams() -> Iterator[Case]:
+    draft = lossless()
+
+    def rows(name: str, phrase: str, *listed: Row, **pieces: Any) -> Case:
+        return f"lossless_{name}", phrase, draft.but(rows=list(listed), exact=[], **pieces).file()
+
+    def case(name: str, raw: bytes, shape: tuple[int, ...] = (6, 5)) -> Case:
+        return rows(name, "counts that do not fit", Row(LOSSLESS, 1, levels=[Bits(2, 0, raw, bytes(16))]), shapes=[shape])
+
+    def told(name: str, phrase: str, number: int = 1, **fields: Any) -> Case:
+        sound = {"dtype": 2, "shape": 0, "stream": BITS, "digest": bytes(16)}
+        return rows(name, phrase, Row(LOSSLESS, number, "" if number else "a", levels=[Bits(**(sound | fields))]))
+
+    yield case("empty", b"")
+    yield case("count_cut", b"\x80")
+    yield case("count_varint_long", b"\x80" * 8 + b"\x01" + BITS[1:])
+    yield case("count_above_entries", varint(31) + BITS[1:])
+    yield case("count_above_bytes", varint(256 * 15 + 1) + BITS[1:], (1 << 10, 2))
+    yield case("count_2_48", varint(1 << 48) + BITS[1:], (1 << 24, 1 << 24))
+    yield case("count_alone", BITS[:1])
+    yield case("plane_cut", BITS[:2])
+    yield case("plane_2_40", BITS[:1] + varint(1 << 40) + BITS[2:])
+    yield case("code_2_40", BITS[:2] + varint(1 << 40) + BITS[3:])
+    yield case("code_cut", BITS[:-1])
+    yield case("no_code", varint(12, 0, 0))
+    yield case("bands_missing", BITS, (1 << 24, 1 << 24))
+    yield rows("spare_byte", "1 bytes left over", Row(LOSSLESS, 1, levels=[Bits(2, 0, BITS + b"\0", bytes(16))]))
+    yield rows("of_no_entries", "18 bytes left over", Row(LOSSLESS, 1, levels=[Bits(2, 0, BITS, bytes(16))]), shapes=[(0, 5)])
+    yield told("dtype_3", "dtype is 3", dtype=3)
+    yield told("coding_2", "lossless coding 2", coding=2)
+    yield told("shape_out_of_range", "shape number is 2", shape=2)
+    yield told("length_beyond", "stream length is 1000", length=1000)
+    yield told("digest_cut", "the table ends early", digest=bytes(15))
+    yield told("without_base", "not a tensor of the base", number=0)
+    yield rows("twice", "not in order of their names", *[Row(LOSSLESS, 1, levels=[Bits(2, 0, BITS, bytes(16))])] * 2)
+    yield "lossless_needs_its_base", "difference to the base", draft.file()
+    go = "do not go with"
+    yield "lossless_in_compeft", go, draft.but(facts=facts()).file()
+    yield "lossless_in_exact", go, draft.but(facts=exact_facts(mask=None)).file()
+    yield "lossless_with_levels", go, plain().but(facts=lossless_facts()).file()
+    yield "facts_lossless_density", "density is 0.5", draft.but(facts=lossless_facts(density=0.5)).file()
+    yield "facts_lossless_scale", "scale is 0.5", draft.but(facts=lossless_facts(scale=0.5)).file()
 
 
 def too_large() -> Iterator[Case]:

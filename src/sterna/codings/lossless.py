@@ -85,7 +85,7 @@ def _code(decoding, stream, plane, base, tuned, count, usual, cols, matrix, limi
     """Code a band of whole rows of `cols` entries, `count` of which changed; returns the bytes of `stream` and of `plane`.
 
     A reader takes the base's patterns for the tuned ones in place (`base` and `tuned` may be one array), and returns -1 for the first where the
-    changes did not all come, one left the range, or the rows that changed have more than `limit` entries.
+    changes did not all come, one left the range, bits are left over, or the rows that changed have more than `limit` entries.
     """
     width = np.int64(8 * base.itemsize)
     sign_bit, full = np.int64(1) << (width - 1), (np.int64(1) << width) - 1
@@ -251,7 +251,7 @@ def _code(decoding, stream, plane, base, tuned, count, usual, cols, matrix, limi
             error = (np.int64(signs[m]) << 16) - np.int64(LOGISTIC[product(u, V, j) + TOP])
             pull(V[j], u.reshape(1, RANK), 0, 2621440 // (100 + np.int64(taught[j])) * error >> 16)
             taught[j] += 1
-    if found < count:
+    if found < count or (decoding and held):  # bits left over are 0
         return bad
     if not decoding:
         if bits > 0:

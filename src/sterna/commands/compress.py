@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, size, warn
+from sterna.commands.shared import BASE_HELP, Json, changed, print_json, progress_bar, size, warn
 
 TUNED_HELP = "The tuned model: as BASE, or a PEFT LoRA or (IA)3 folder, or an exact PaFi or HiWi expert."
 
-
 CODING_HELP = "fast: attaches at once. small: some 0.6 times the bytes, decoded once before it attaches."
+ALPHA_HELP = "Scale of the kept entries, in standard deviations of the task vector: 4 by default."
+LOSSLESS_HELP = "Keep every bit of the tuned checkpoint, as a patch of the base's: without density, alpha, scope, coding or head."
 
 
 class Head(StrEnum):
@@ -43,12 +44,13 @@ def compress(
     base: Annotated[str, typer.Argument(metavar="BASE", help=BASE_HELP, show_default=False)],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help=TUNED_HELP, show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="EXPERT", help="The expert file to write.", show_default=False)],
-    density: Annotated[float, typer.Option(help="Share of the entries that keep their sign.")] = 0.1,
-    alpha: Annotated[float, typer.Option(help="Scale of the kept entries, in standard deviations of the task vector.")] = 4.0,
-    scope: Annotated[Scope, typer.Option(help="One threshold and scale for all tensors, or one for each.")] = Scope.GLOBAL,
+    density: Annotated[float | None, typer.Option(help="Share of the entries that keep their sign: 0.1 by default.", show_default=False)] = None,
+    alpha: Annotated[float | None, typer.Option(help=ALPHA_HELP, show_default=False)] = None,
+    scope: Annotated[Scope | None, typer.Option(help="One threshold and scale for all tensors (the default), or one for each.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors that stay at the base. May be given again.")] = None,
     head: Annotated[Head, typer.Option(help="Precision in which the task's head is stored.")] = Head.EXACT,
-    coding: Annotated[CodingName, typer.Option(help=CODING_HELP)] = CodingName.FAST,
+    coding: Annotated[CodingName | None, typer.Option(help=f"{CODING_HELP} By default fast.")] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help=LOSSLESS_HELP)] = False,
     metadata: Annotated[
         list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata to carry, as task=legal. May be given again.")
     ] = None,
@@ -67,10 +69,11 @@ def compress(
             tuned,
             density=density,
             alpha=alpha,
-            scope=scope.value,
+            scope=scope.value if scope else None,
             exclude=exclude or [],
             head=head.value,
-            coding=coding.value,
+            coding=coding.value if coding else None,
+            lossless=lossless,
             force=force,
             metadata=fields,
             warn=warn,
@@ -82,6 +85,9 @@ def compress(
         warn(f"the tuned model has no {', '.join(expert.facts.dropped[:4])}{' ...' if len(expert.facts.dropped) > 4 else ''}: dropped")
     if as_json:
         print_json({"file": str(output), **summary.to_dict()})
+    elif lossless:
+        bits = f", {summary.bits_per_change:.2f} bits each" if summary.bits_per_change else ""
+        print(f"{output}: {size(summary.bytes)}; {changed(summary)}{bits}")
     else:
         print(
             f"{output}: {size(summary.bytes)}, {summary.ratio_to_16bit:.1f}x smaller than a 16-bit delta; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from sterna.commands.shared import ExpertFile, Json, print_json, size
+from sterna.commands.shared import ExpertFile, Json, changed, print_json, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 _SOURCES = {"full": "full fine-tune", "lora": "LoRA", "ia3": "(IA)3", "pafi": "PaFi run", "hiwi": "HiWi run"}
+_METHODS = {"exact": "exact values", "lossless": "every bit"}
 
 
 def inspect(expert: ExpertFile, as_json: Json = False) -> None:
@@ -39,11 +40,11 @@ def _facts(summary: Summary) -> Table:
     base = facts.base
     scale = f"scale {facts.scale:.4g}" if facts.scope == "global" else "a scale for each tensor"
     bits, entropy = summary.bits_per_parameter, summary.entropy_bits_per_parameter
-    unchanged = "" if facts.method == "exact" else "nothing is changed"
+    unchanged = "" if facts.method != "compeft" else "nothing is changed"
     coded = summary.bytes_streams + summary.bytes_table
     coding = f" ({summary.coding})" if summary.coding else ""
     rows = {
-        "method": f"{'exact values' if facts.method == 'exact' else facts.method} of a {_SOURCES[facts.source]}",
+        "method": f"{_METHODS.get(facts.method, facts.method)} of a {_SOURCES[facts.source]}",
         "density": f"{facts.density:g}, alpha {facts.alpha:g}, {scale}" if facts.density is not None else "",
         "mask": _mask(summary.mask) if summary.mask else "",
         "tuning": json.dumps(dict(facts.tuning), ensure_ascii=False) if facts.tuning else "",
@@ -53,7 +54,9 @@ def _facts(summary: Summary) -> Table:
         "file": f"{summary.bytes:,} bytes ({size(summary.bytes)}): {coded:,} coded{coding}, {_exact(summary)}, {summary.bytes_header:,} header",
         "against 16 bit": f"{summary.ratio_to_16bit:.1f} times smaller than a 16-bit delta",
         "bits a parameter": f"{bits:.4f} coded; i.i.d. entropy {entropy:.4f}, ratio {bits / entropy:.3f}" if entropy else unchanged,
-        "non-zeros": f"{summary.nonzeros:,} of {summary.parameters:,}" if facts.method != "exact" else "",
+        "bits a change": f"{summary.bits_per_change:.3f}" if summary.bits_per_change else "",
+        "changed": changed(summary) if facts.method == "lossless" else "",
+        "non-zeros": f"{summary.nonzeros:,} of {summary.parameters:,}" if facts.method == "compeft" else "",
         "config": json.dumps(dict(facts.config), ensure_ascii=False) if facts.config else "",
         "added tokens": ", ".join(str(token.get("content")) for token in facts.tokens),
         "excluded": ", ".join(facts.excluded),

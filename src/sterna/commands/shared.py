@@ -7,11 +7,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sterna.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from sterna.summary import Summary
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; messages stay on stderr.")]
 ExpertFile = Annotated[Path, typer.Argument(metavar="EXPERT", help="An expert file.", show_default=False)]
@@ -22,6 +25,12 @@ BASE_HELP = "The base: a model folder, a safetensors file, or a hub id (org/name
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def changed(summary: Summary) -> str:
+    """How much of the base a lossless expert changes."""
+    share = summary.nonzeros / summary.parameters if summary.parameters else 0.0
+    return f"{summary.nonzeros:,} of {summary.parameters:,} entries changed ({share:.2%})"
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""How an expert changes base tensors: six kinds of change, all plain frozen data."""
+"""How an expert changes base tensors: seven kinds of change, all plain frozen data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sterna.codings import CHUNK, I64, NO_BLOCKS, U8, U32, AnyCoding, Blocks, Sequential
+from sterna.codings import CHUNK, I64, NO_BLOCKS, U8, U32, AnyCoding, Blocks, Sequential, lossless
 from sterna.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ Order = Literal["smallest", "largest", "random"]
 
 VALUES = "sterna.values"
 """The file's name of a masked change's exact values."""
+DIGEST = 16
+"""Bytes kept of a tuned tensor's SHA-256."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -301,7 +303,42 @@ class Folded:
         return ((f"{self.name}.D", self.D), (f"{self.name}.U", self.U))
 
 
-Change = Add | Factors | Multiply | Set | Masked | Folded
+@dataclass(frozen=True, slots=True, eq=False)
+class Lossless:
+    """The tuned tensor to the bit: the base's bit patterns in `dtype` (float32, float16 or bfloat16), and what was added to `count` of them.
+
+    `data[start:stop]` (uint8) is the stream, which decodes with the base's tensor alone; see `sterna.lossless`. `digest` is the first DIGEST bytes of
+    SHA-256 of the tuned tensor's bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    digest: bytes
+    data: U8
+    start: int
+    stop: int
+    count: int
+
+    @classmethod
+    def open(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, digest: bytes, data: U8, start: int, stop: int) -> Lossless:
+        """Read and check the stream's counts; InvalidFile where they do not fit."""
+        return cls(name, shape, dtype, digest, data, start, stop, sum(band.count for band in lossless.bands(data, start, stop, shape)))
+
+    @property
+    def stream(self) -> U8:
+        return self.data[self.start : self.stop]
+
+    @property
+    def ternaries(self) -> tuple[Ternary, ...]:
+        return ()
+
+    @property
+    def exact(self) -> Exact:
+        return ()
+
+
+Change = Add | Factors | Multiply | Set | Masked | Folded | Lossless
 
 
 def touched(change: Change) -> tuple[str, ...]:
@@ -313,6 +350,21 @@ def touched(change: Change) -> tuple[str, ...]:
     return (change.name,)
 
 
+def streams(change: Change) -> tuple[U8, ...]:
+    """A change's coded bytes, in the file's order."""
+    return (change.stream,) if isinstance(change, Lossless) else tuple(ternary.stream for ternary in change.ternaries)
+
+
+def coded_shapes(change: Change) -> tuple[tuple[int, ...], ...]:
+    """The shapes of what `streams` codes."""
+    return (change.shape,) if isinstance(change, Lossless) else tuple(ternary.shape for ternary in change.ternaries)
+
+
 def is_tuned(change: Change) -> bool:
     """Whether a change is what training in place left of tensors that the base has: what can be made ternary."""
     return isinstance(change, Masked | Folded) or (isinstance(change, Set) and change.role == "tuned")
+
+
+def needs_base(change: Change) -> bool:
+    """Whether a change gives a tensor of the base new values as a whole, so that the base must have it, and alone."""
+    return is_tuned(change) or isinstance(change, Lossless)

@@ -17,7 +17,7 @@ import torch
 
 from sterna.codings import I64
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Change, Factors, Folded, Joined, Masked, MaskRule, Multiply, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Folded, Joined, Lossless, Masked, MaskRule, Multiply, Set, Ternary, coded_shapes
 from sterna.expert.facts import Facts
 from sterna.fingerprint import Fingerprint, require_base, tensor_digest
 
@@ -62,7 +62,7 @@ class Expert:
 
     @cached_property
     def content_digest(self) -> str:
-        """SHA-256 of what the file decodes to: method, base, names, shapes, kinds of change, levels, scales and exact tensors.
+        """SHA-256 of what the file decodes to: method, base, names, shapes, kinds of change, levels, scales, exact tensors, digests of lossless ones.
 
         Not of the coding, the user's metadata, the writer or the base's name: recoding keeps it.
         """
@@ -98,6 +98,10 @@ class Expert:
                     sha.update(struct.pack("<d?", change.scale, change.transposed))
                     _add_tensor(sha, change.D)
                     _add_tensor(sha, change.U)
+                case Lossless():
+                    _add_text(sha, str(change.dtype).removeprefix("torch."))
+                    _add_shape(sha, change.shape)
+                    sha.update(change.digest)
             for ternary in change.ternaries:
                 _add_shape(sha, ternary.shape)
                 sha.update(struct.pack("<fQ", ternary.scale, ternary.count))
@@ -110,6 +114,13 @@ class Expert:
         """Every coded tensor, in the file's order."""
         for change in self.changes:
             yield from change.ternaries
+
+    @property
+    def lossless(self) -> dict[str, torch.dtype] | None:
+        """The dtypes of the tensors that the expert gives back to the bit, by name; None where it is of another method."""
+        if self.facts.method != "lossless":
+            return None
+        return {change.name: change.dtype for change in self.changes if isinstance(change, Lossless)}
 
     @cached_property
     def adds(self) -> Joined:
@@ -125,7 +136,7 @@ class Expert:
         return bitmasks(self, names)
 
     def check(self) -> None:
-        """Decode every stream once, a few blocks at a time; InvalidFile where one is damaged."""
+        """Decode every stream once, a few blocks at a time; InvalidFile where one is damaged. Lossless ones decode with their base alone."""
         for ternary in self.ternaries:
             for _ in ternary.batches():
                 pass
@@ -147,9 +158,9 @@ class Expert:
             raise InvalidArgument(f"the dense task vector takes {takes:,} bytes, more than the {limit:,} allowed; give its base, or max_bytes")
         for change in self.changes:
             refuse_shape(change, tensors)
-        if tensors is not None and any(isinstance(change, Masked) for change in self.changes):
+        if tensors is not None and any(isinstance(change, Masked | Lossless) for change in self.changes):
             digests = {name: (tensor_digest(tensor), tensor.dtype) for name, tensor in tensors.items()}
-            require_base(self.fingerprint, self.facts.base.name, digests, masked=True)
+            require_base(self.fingerprint, self.facts.base.name, digests, masked=self.lossless is None, lossless=self.lossless)
         dense: dict[str, torch.Tensor] = {}
         for change in self.changes:
             match change:
@@ -165,6 +176,9 @@ class Expert:
                     dense.update(masked_updates(change, [_needed(tensors, name) for name in change.rule.names]))
                 case Folded():
                     dense[change.name] = folded_update(change, _needed(tensors, change.name)).float()
+                case Lossless():
+                    old = _needed(tensors, change.name)
+                    dense[change.name] = new_value(change, old).float() - old.float().cpu()
                 case Set(role="buffer" | "saved" | "tuned"):
                     if change.value.is_floating_point() and (tensors is None or change.name in tensors):
                         dense[change.name] = change.tensor.float() - _needed(tensors, change.name).float()
@@ -185,7 +199,7 @@ class Expert:
         return {name: opened.read(own) for name, own in alignment.to_other.items()}
 
     def _shapes(self) -> list[tuple[int, ...] | None]:
-        known = {change.name: change.levels.shape for change in self.changes if isinstance(change, Add)}
+        known = {change.name: coded_shapes(change)[0] for change in self.changes if isinstance(change, Add | Lossless)}
         return [known.get(name) for name in self.fingerprint.names]
 
 
@@ -265,10 +279,10 @@ def masked_updates(change: Masked, tensors: Sequence[torch.Tensor]) -> dict[str,
     return dense
 
 
-def new_value(change: Factors | Multiply | Folded | Set, old: torch.Tensor) -> torch.Tensor:
+def new_value(change: Factors | Multiply | Folded | Set | Lossless, old: torch.Tensor) -> torch.Tensor:
     """What the change makes of a base tensor, before it is rounded to the base tensor's dtype: float32, but an exact tensor in its own dtype.
 
-    A Folded one is rounded already, once, from float64.
+    A Folded one is rounded already, once, from float64. Raises InvalidFile where a Lossless one does not decode.
     """
     old = old.detach()
     match change:
@@ -278,6 +292,10 @@ def new_value(change: Factors | Multiply | Folded | Set, old: torch.Tensor) -> t
             return old.float() * multiplier(change, old.dim()).to(old.device)
         case Folded():
             return rounded(old.to("cpu", torch.float64) + folded_update(change, old), old.dtype)
+        case Lossless():
+            from sterna.lossless import rebuilt
+
+            return next(rebuilt([(change, old)]))
         case Set(role="rows"):
             return torch.cat([old, change.value.to(old.device, old.dtype)])
         case Set():
@@ -331,6 +349,8 @@ def refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) -> 
             wanted = tuple(change.value.shape)
         case Folded():
             wanted = folded_shape(change, there)
+        case Lossless():
+            wanted = change.shape
         case _:
             wanted = _dense_shape(change)
     unfolded = isinstance(change, Factors) and not change.transposed and there[:1] == wanted[:1] and math.prod(there) == math.prod(wanted)

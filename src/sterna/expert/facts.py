@@ -23,7 +23,7 @@ _MASK_RULE = 1
 """The canonical mask that `sterna.mask` makes."""
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
-Method = Literal["compeft", "exact"]
+Method = Literal["compeft", "exact", "lossless"]
 SourceKind = Literal["full", "lora", "ia3", "pafi", "hiwi"]
 Scope = Literal["global", "tensor"]
 
@@ -65,7 +65,8 @@ class MaskFacts:
 class Facts:
     """Global facts of an expert.
 
-    `method` is "compeft", or "exact" for values stored as they were trained: then `density` and `alpha` are None. They are as asked for;
+    `method` is "compeft", or "exact" for values stored as they were trained, or "lossless" for a checkpoint to the bit: then `density` and `alpha`
+    are None. They are as asked for;
     `scale` is lambda, 0 where each tensor has its own (`scope="tensor"`). `prefixes` are the class prefixes of
     the base's and the tuned model's names; `config` the configuration fields that the tuned model changed; `tokens` the tokenizer's added tokens;
     `adapter` the adapter_config.json of an expert made from PEFT; `mask` is that of PaFi; `tuning` the options of the method that trained it;
@@ -107,10 +108,10 @@ def _allowed(name: str) -> bool:
 
 def check(facts: Facts) -> None:
     """Raise InvalidArgument for the first fact out of its limits."""
-    _require(facts.method in ("compeft", "exact"), "method", facts.method, "compeft or exact")
+    _require(facts.method in ("compeft", "exact", "lossless"), "method", facts.method, "compeft, exact or lossless")
     _require(facts.source in ("full", "lora", "ia3", "pafi", "hiwi"), "source", facts.source, "full, lora, ia3, pafi or hiwi")
     _require(facts.scope in ("global", "tensor"), "scope", facts.scope, "global or tensor")
-    if facts.method == "exact":
+    if facts.method != "compeft":
         for key in ("density", "alpha"):
             _require(getattr(facts, key) is None, key, getattr(facts, key), "none where values are stored exactly")
         _require(facts.scope == "global" and facts.scale == 0, "scale", facts.scale, "0, of scope global, where values are stored exactly")
@@ -211,7 +212,7 @@ def from_json(text: str) -> Facts:
     base = value.pop("base", None)
     try:
         _expect_fields("base", base, {"name": str, "fingerprint": str, "parameters": int, "revision": str}, ("name", "fingerprint", "parameters"))
-        required = ("method", "source", "scope", "writer", *(("density", "alpha") if value.get("method") != "exact" else ()))
+        required = ("method", "source", "scope", "writer", *(("density", "alpha") if value.get("method") not in ("exact", "lossless") else ()))
         _expect_fields("object", value, _TYPES, required)
         if "mask" in value:
             _expect_fields("mask", value["mask"], {"order": str, "density": (int, float), "seed": int, "rule": int}, ("order", "rule"))

@@ -10,7 +10,7 @@ import torch
 
 from sterna.codings import ENTRIES_A_BYTE, PADDING, U8, Sequential
 from sterna.errors import InvalidArgument, InvalidFile, Unsupported
-from sterna.expert.changes import VALUES, Change, Masked
+from sterna.expert.changes import VALUES, Change, Lossless, Masked, Set, streams
 from sterna.expert.container import CHECKSUM, ITEM_BYTES, Container, Part, parse, pieces, read
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import Facts, from_json, to_json
@@ -47,13 +47,13 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
     table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
     if fault := _contradiction(expert.facts, expert.changes):
         raise InvalidArgument(f"the expert's {fault}")
-    streams = [ternary.stream for ternary in expert.ternaries]
+    coded = [stream for change in expert.changes for stream in streams(change)]
     exact = sorted((part for change in expert.changes for part in change.exact), key=lambda part: (-part[1].element_size(), part[0]))
     if len({name for name, _ in exact}) < len(exact):
         raise InvalidArgument("two exact tensors of the expert have the same name in its file")
     parts: list[Part] = [(name, CODES[t.dtype], tuple(t.shape), lambda t=t: iter([exact_bytes(t)])) for name, t in exact]  # type: ignore[misc]
     parts.append((TABLE, "U8", (len(table),), lambda: iter([table])))
-    parts.append((STREAMS, "U8", (sum(s.size for s in streams),), lambda: (memoryview(s) for s in streams)))
+    parts.append((STREAMS, "U8", (sum(s.size for s in coded),), lambda: (memoryview(s) for s in coded)))
     return pieces(to_json(expert.facts), parts)
 
 
@@ -71,6 +71,8 @@ def _contradiction(facts: Facts, changes: Sequence[Change]) -> str | None:
     rules = [change.rule for change in changes if isinstance(change, Masked)]
     if facts.method == "exact" and any(change.ternaries for change in changes):
         return "method is 'exact', but it has levels"
+    if any(not isinstance(change, Lossless | Set) if facts.method == "lossless" else isinstance(change, Lossless) for change in changes):
+        return f"method is {facts.method!r}, which some of its changes do not go with"
     told = [(facts.mask.order, facts.mask.seed)] if facts.mask is not None else []
     if told != [(rule.order, rule.seed) for rule in rules]:
         return f"mask is {told or 'none'} in the facts, {[(rule.order, rule.seed) for rule in rules] or 'none'} in the table"
@@ -114,13 +116,13 @@ def from_container(container: Container) -> Expert:
         unread.discard(name)
         return _tensor(container, name)
 
-    table, streams = (container.entries.get(name) for name in (TABLE, STREAMS))
-    if table is None or streams is None or any((entry.dtype, len(entry.shape)) != ("U8", 1) for entry in (table, streams)):
+    table, coded = (container.entries.get(name) for name in (TABLE, STREAMS))
+    if table is None or coded is None or any((entry.dtype, len(entry.shape)) != ("U8", 1) for entry in (table, coded)):
         raise InvalidFile(f"the file lacks the U8 tensors {TABLE!r} and {STREAMS!r}")
     scale = float(np.float32(facts.scale)) if facts.scope == "global" else None
     digest = bytes.fromhex(facts.base.fingerprint)
     table_bytes = container.data[table.start : table.stop].tobytes()
-    fingerprint, changes = read_table(table_bytes, digest, container.data, streams.start, streams.stop, scale, exact)
+    fingerprint, changes = read_table(table_bytes, digest, container.data, coded.start, coded.stop, scale, exact)
     if unread:
         raise InvalidFile(f"the file has tensors that its table does not tell of: {', '.join(repr(name[:80]) for name in sorted(unread)[:4])}")
     if fault := _contradiction(facts, changes) or _unjustified(changes):

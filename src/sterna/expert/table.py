@@ -14,15 +14,17 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from sterna.codings import U8, by_number
+from sterna.codings import U8, by_number, lossless
 from sterna.errors import InvalidArgument, InvalidFile
 from sterna.expert.changes import (
+    DIGEST,
     VALUES,
     Activation,
     Add,
     Change,
     Factors,
     Folded,
+    Lossless,
     Masked,
     MaskRule,
     Multiply,
@@ -30,7 +32,8 @@ from sterna.expert.changes import (
     Role,
     Set,
     Ternary,
-    is_tuned,
+    coded_shapes,
+    needs_base,
     touched,
 )
 from sterna.fingerprint import SHORT, Fingerprint
@@ -47,7 +50,7 @@ _ROLES: tuple[Role, ...] = ("head", "buffer", "rows", "untied", "saved", "tuned"
 _ORDERS: tuple[Order, ...] = ("smallest", "largest", "random")
 _ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu", "identity")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_ADD, _FACTORS, _MULTIPLY, _SET, _MASKED, _FOLDED = range(6)
+_ADD, _FACTORS, _MULTIPLY, _SET, _MASKED, _FOLDED, _LOSSLESS = range(7)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -87,7 +90,7 @@ def write_table(fingerprint: Fingerprint, changes: Iterable[Change], scaled: boo
     out = bytearray()
     _put_names(out, fingerprint.names)
     out += fingerprint.shorts.tobytes()
-    shapes = list(dict.fromkeys(t.shape for change in changes for t in change.ternaries))
+    shapes = list(dict.fromkeys(shape for change in changes for shape in coded_shapes(change)))
     _put(out, len(shapes))
     for shape in shapes:
         _put(out, len(shape), *shape)
@@ -111,12 +114,12 @@ def _refuse_unreadable(fingerprint: Fingerprint, changes: tuple[Change, ...]) ->
     for change in changes:
         if fault := _change_fault(change):
             raise InvalidArgument(f"the expert's change of {change.name} {fault}")
-    of_base = [name for change in changes if is_tuned(change) for name in touched(change)]
+    of_base = [name for change in changes if needs_base(change) for name in touched(change)]
     if lost := set(of_base) - set(fingerprint.names):
         raise InvalidArgument(f"the expert tunes {min(lost)!r}, which its base's fingerprint does not name")
     if fault := _rows_fault(changes):
         raise InvalidArgument(f"the expert's {fault}")
-    for shape in {ternary.shape for change in changes for ternary in change.ternaries}:
+    for shape in {shape for change in changes for shape in coded_shapes(change)}:
         if len(shape) > MAX_DIMENSIONS or _extent(shape) > MAX_ENTRIES:
             raise InvalidArgument(f"a tensor has shape {shape}; at most {MAX_DIMENSIONS} dimensions and 2^48 entries fit")
 
@@ -156,7 +159,7 @@ def _put_names(out: bytearray, names: tuple[str, ...]) -> None:
 def _put_row(
     out: bytearray, change: Change, before: _Before, numbers: Mapping[str, int], shapes: Mapping[tuple[int, ...], int], scaled: bool
 ) -> None:
-    kind = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED}[type(change)]
+    kind = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED, Lossless: _LOSSLESS}[type(change)]
     out.append(kind)
     _put(out, numbers.get(change.name, -1) + 1)
     if change.name not in numbers:
@@ -190,6 +193,9 @@ def _put_row(
         case Folded():
             _put(out, _ACTIVATIONS.index(change.activation) | change.transposed << 2)
             out += struct.pack("<d", change.scale)
+        case Lossless():
+            _put(out, _FLOATS.index(change.dtype), lossless.NUMBER, shapes[change.shape], change.stop - change.start)
+            out += change.digest
     for ternary in change.ternaries:
         _put(out, ternary.coding.number, shapes[ternary.shape], ternary.stop - ternary.start)
         if scaled:
@@ -272,6 +278,14 @@ class _Streams:
         start, self.at = self.at, self.at + length
         return Ternary.open(shape, scale, coding, data=self.data, start=start, stop=self.at)
 
+    def lossless(self, reader: _Reader, name: str) -> Lossless:
+        dtype = _FLOATS[reader.number(len(_FLOATS) - 1, "dtype")]
+        if (coding := reader.number(255, "lossless coding")) != lossless.NUMBER:
+            raise InvalidFile(f"the file uses lossless coding {coding}, which this version of Sterna does not know; a newer Sterna may read it")
+        shape = self.shapes[reader.number(len(self.shapes) - 1, "shape number")]
+        start, self.at = self.at, self.at + reader.number(self.stop - self.at, "stream length")
+        return Lossless.open(name, shape, dtype, reader.take(DIGEST), self.data, start, self.at)
+
 
 def read_table(
     table: bytes, digest: bytes, data: U8, start: int, stop: int, scale: float | None, exact: Callable[[str], torch.Tensor]
@@ -318,6 +332,9 @@ def _change_fault(change: Change) -> str | None:
         case Masked(rule=rule, values=Ternary(shape=shape)):
             if shape != (rule.count,) or not rule.count:
                 return f"has levels of shape {shape}; expected {rule.count}, at least 1"
+        case Lossless():
+            if change.dtype not in _FLOATS or len(change.digest) != DIGEST:
+                return f"is of {change.dtype} with a digest of {len(change.digest)} bytes; expected float32, float16 or bfloat16, and {DIGEST} bytes"
         case Folded(D=D, U=U):
             if D.dtype not in _FLOATS or U.dtype not in _FLOATS or D.dim() != 2 or U.shape != D.T.shape or not D.numel():
                 return f"has factors of shapes {tuple(D.shape)} and {tuple(U.shape)}; expected [n, r] and [r, n] in float32, float16 or bfloat16"
@@ -347,7 +364,7 @@ def _rows_fault(changes: Sequence[Change]) -> str | None:
 
 def _rows_after_add(first: Change, second: Change) -> bool:
     """The one pair of changes that may share a name: an embedding's old rows, then those it gained."""
-    return first.name == second.name and isinstance(first, Add | Factors | Multiply) and isinstance(second, Set) and second.role == "rows"
+    return first.name == second.name and isinstance(first, Add | Factors | Multiply | Lossless) and isinstance(second, Set) and second.role == "rows"
 
 
 def _names(reader: _Reader) -> tuple[str, ...]:
@@ -383,7 +400,7 @@ def _key(reader: _Reader, before: _Before, name: str, known: bool) -> str:
 
 
 def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Change:
-    kind = reader.number(5, "kind of change")
+    kind = reader.number(_LOSSLESS, "kind of change")
     number = reader.number(len(names), "name")
     name = names[number - 1] if number else reader.name("name")
     if kind == _ADD:
@@ -412,6 +429,8 @@ def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Str
         return _set_row(reader, name, bool(number), exact)
     if not number:
         raise InvalidFile(f"the table tunes {name!r}, which is not a tensor of the base")
+    if kind == _LOSSLESS:
+        return streams.lossless(reader, name)
     made = _masked_row(reader, name, names, streams, exact) if kind == _MASKED else _folded_row(reader, name, exact)
     if fault := _change_fault(made):
         raise InvalidFile(f"the table's change of {name} {fault}")

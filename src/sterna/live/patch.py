@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongModel
-from sterna.expert.changes import Add, Change, Factors, Folded, Masked, Multiply, Set, is_tuned, touched
+from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongBase, WrongModel
+from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, Masked, Multiply, Set, coded_shapes, needs_base, touched
 from sterna.expert.expert import Expert, folded_shape, new_value, refuse_count
 from sterna.fingerprint import LiveDigests, combine, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
+from sterna.live.rewrite import Rewrite
 from sterna.live.update import NATIVE, AddProduct, Overwrite, Step, WriteMasked, sparse_adds
 from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_tuned, refuse_unpatchable
 from sterna.mask import mask_of
@@ -258,7 +259,8 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
     """Check everything and work out the steps; `under` is the plan that is on the model now, and will be off before."""
     adds = {change.name: change.levels.shape for change in expert.changes if isinstance(change, Add)}
     names = expert.fingerprint.names
-    live = live_weights(root, names, tuple(adds.get(name) for name in names), under.originals if under else {})
+    known = {change.name: coded_shapes(change)[0] for change in expert.changes if isinstance(change, Add | Lossless)}
+    live = live_weights(root, names, tuple(known.get(name) for name in names), under.originals if under else {})
     refuse_quantized(root)
     slots = _touched_slots(root, expert, live)
     if any(_is_patched(slot.tensor, under) for slot in slots.values()):
@@ -267,7 +269,10 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
     _refuse_ties(expert, slots)
     steps: list[Step] = [_masked(change, slots, digests) for change in expert.changes if isinstance(change, Masked)]  # first: it reads the base
     steps += sparse_adds([slots[name].tensor for name in adds], expert.adds)
-    others = [change for change in expert.changes if not isinstance(change, Add | Masked)]
+    lossless = [change for change in expert.changes if isinstance(change, Lossless)]
+    if lossless:
+        steps.append(Rewrite([slots[change.name].tensor for change in lossless], lossless))
+    others = [change for change in expert.changes if not isinstance(change, Add | Masked | Lossless)]
     for change in sorted(others, key=lambda change: isinstance(change, Set) and change.role == "untied"):  # after what replaces all that are tied
         steps.extend(_steps_of(change, slots, live))
     if expert.facts.config:
@@ -286,14 +291,17 @@ def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> 
     tuned_prefix = expert.facts.prefixes[1]
     for change in expert.changes:
         for name in touched(change):
-            slot = live.of_base.get(name) if is_tuned(change) else live.find(name, tuned_prefix)
+            slot = live.of_base.get(name) if needs_base(change) else live.find(name, tuned_prefix)
             if slot is None:
                 missing.append(name)
                 continue
             found[name] = slot
             refuse_unpatchable(slot)
-            if isinstance(change, Masked | Folded) and slot.tensor.dtype not in NATIVE:
+            if isinstance(change, Masked | Folded | Lossless) and slot.tensor.dtype not in NATIVE:
                 raise Unsupported(f"{slot.name} is {slot.tensor.dtype}; expected float32, float16 or bfloat16")
+            if isinstance(change, Lossless) and torch.promote_types(slot.tensor.dtype, change.dtype) != slot.tensor.dtype:
+                live_dtype, tuned = (str(dtype).removeprefix("torch.") for dtype in (slot.tensor.dtype, change.dtype))
+                raise WrongBase(f"{slot.name} is {live_dtype}, which cannot hold the expert's {tuned} to the bit: load the base in {tuned} or wider")
             wanted = _shape_wanted(change, name, slot)
             if wanted is not None and slot.tensor.shape != wanted:
                 raise WrongModel(f"{slot.name} has shape {tuple(slot.tensor.shape)} in the model, {wanted} in the expert: {_load_hint(root, expert)}")
@@ -306,7 +314,7 @@ def _refuse_ties(expert: Expert, slots: Mapping[str, Slot]) -> None:
     """Raise WrongModel where one live tensor would be changed twice, under two names."""
     first: dict[int, str] = {}
     for change in expert.changes:
-        for name in touched(change) if isinstance(change, Add) or is_tuned(change) else ():
+        for name in touched(change) if isinstance(change, Add) or needs_base(change) else ():
             other = first.setdefault(id(slots[name].tensor), name)
             if other != name:
                 raise WrongModel(f"the model ties {other} and {name}, which the expert's base holds apart: load it with tie_word_embeddings=False")
@@ -328,6 +336,8 @@ def _shape_wanted(change: Change, name: str, slot: Slot) -> tuple[int, ...] | No
             return change.levels.shape
         case Folded():
             return folded_shape(change, shape)
+        case Lossless():
+            return change.shape
         case Factors():
             out, inner = change.B.shape[0], change.A.size // max(change.A.shape[0], 1)
             flat = (inner, out) if change.transposed else (out, inner)
@@ -359,7 +369,7 @@ def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict
     digests = _digests.of(tensors)
     found = {name: (digest, tensor.dtype) for name, digest, tensor in zip(names, digests, tensors, strict=True)}
     masked = any(isinstance(change, Masked) for change in expert.changes)
-    require_base(expert.fingerprint, expert.facts.base.name, found, allow_narrower, masked)
+    require_base(expert.fingerprint, expert.facts.base.name, found, allow_narrower, masked, expert.lossless)
     return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 

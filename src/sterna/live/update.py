@@ -209,7 +209,7 @@ class WriteMasked:
         for tensor, (places, part) in zip(self._tensors, masked_parts(self._change, self._positions()), strict=True):
             if not len(places):
                 continue
-            live, index = _entries(tensor, places)
+            live, index = entries_at(tensor, places)
             old = live[index]
             new = masked_value(self._change, old, part)
             self._saved.append((tensor, places, old))
@@ -219,12 +219,12 @@ class WriteMasked:
     def revert(self) -> None:
         while self._saved:
             tensor, places, old = self._saved[-1]
-            live, index = _entries(tensor, places)
+            live, index = entries_at(tensor, places)
             live[index] = old
             self._saved.pop()
 
 
-def _entries(tensor: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def entries_at(tensor: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """A view of the tensor and what indexes it at flat places."""
     live, places = tensor.detach(), places.to(tensor.device)
     return (live.view(-1), (places,)) if live.is_contiguous() else (live, torch.unravel_index(places, live.shape))

@@ -14,13 +14,16 @@ from sterna.expert.changes import Add, Change, Set, Ternary
 from sterna.numbers import moments
 from sterna.sources.checkpoint import Checkpoint
 from sterna.sources.config import changed_config
-from sterna.sources.pairing import pair
+from sterna.sources.pairing import Pairing, pair
 from sterna.taskvector import F32, Piece, TaskVector, float32
 
 
-def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str]) -> TaskVector:
-    """Bring the two together and describe their difference. Raises PairingError, Unsupported or InvalidArgument."""
-    pairing = pair(base, tuned, exclude)
+def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str], pairing: Pairing | None = None) -> TaskVector:
+    """Bring the two together (`pairing`, where they are already) and describe their difference.
+
+    Raises PairingError, Unsupported or InvalidArgument.
+    """
+    pairing = pairing or pair(base, tuned, exclude)
     if not pairing.pairs:
         raise PairingError("nothing is left to compress: every tensor is excluded, exact or dropped")
     pieces = [difference(p.name, p.shape, base.read(p.name), tuned.read(p.tuned)) for p in pairing.pairs]

@@ -52,8 +52,10 @@ class Pairing:
         return sum(torch.Size(pair.shape).numel() for pair in self.pairs)
 
 
-def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pairing:
+def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = (), *, to_the_bit: bool = False) -> Pairing:
     """Bring two full checkpoints together. `exclude` are glob patterns over the base's names.
+
+    `to_the_bit` keeps buffers exact that differ in a bit, and float64 parameters that do.
 
     Raises PairingError (tensors missing inside a layer, nothing in common), Unsupported (quantized), InvalidArgument (a pattern without a match).
     """
@@ -66,6 +68,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pa
     alignment = _aligned(base, tuned)
     prefixes = (alignment.base_prefix, alignment.other_prefix)
     skipped = excluded_names(base, tuned, alignment, exclude)
+    equal = same_bits if to_the_bit else _same_values
     pairs: list[Pair] = []
     exact: list[Exact] = []
     warnings: list[str] = []
@@ -75,10 +78,13 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pa
             continue
         ours, theirs = base.tensors[name], tuned.tensors[other]
         if is_buffer(base, name) or is_buffer(tuned, other) or not ours.dtype.is_floating_point:
-            if last(plain(name)) not in NONPERSISTENT and (ours != theirs or not torch.equal(base.read(name).cpu(), tuned.read(other).cpu())):
+            if last(plain(name)) not in NONPERSISTENT and (ours != theirs or not equal(base.read(name), tuned.read(other))):
                 exact.append(Exact(name, other, "buffer"))
         elif is_head(plain(name), alignment.base_prefix):
             exact.append(Exact(name, other, "head"))
+        elif to_the_bit and not {ours.dtype, theirs.dtype} <= FLOATS:
+            if not equal(base.read(name), tuned.read(other)):
+                exact.append(Exact(name, other, "saved"))
         elif ours.shape == theirs.shape:
             _require_float(name, ours.dtype, theirs.dtype)
             pairs.append(Pair(name, other, ours.shape))
@@ -102,6 +108,17 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str] = ()) -> Pa
         exact.append(Exact(swap_prefix(plain(name), *prefixes[::-1]) if role == "untied" else plain(name), name, role))
     dropped = _missing(base, tuned, alignment, matched, skipped)
     return Pairing(tuple(pairs), tuple(sorted(exact, key=lambda e: (e.name, e.role))), dropped, tuple(sorted(skipped)), prefixes, tuple(warnings))
+
+
+def _same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(first.cpu(), second.cpu())
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are of one dtype and shape and equal to the bit: NaN equals itself, -0 is not 0."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(*(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
 
 def _aligned(base: Checkpoint, tuned: Checkpoint) -> Alignment:
