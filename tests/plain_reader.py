@@ -106,9 +106,9 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
     shorts = {name: table.read(9) for name in names}
     shapes = [tuple(varint(table) for _ in range(varint(table))) for _ in range(varint(table))]
 
-    def ternary() -> tuple[np.ndarray, float]:
+    def ternary(given: float | None = None) -> tuple[np.ndarray, float]:
         coding, shape, stream = varint(table), shapes[varint(table)], streams.read(varint(table))
-        scale = struct.unpack("<f", table.read(4))[0] if facts["scope"] == "tensor" else float(np.float32(facts.get("scale", 0)))
+        scale = given or (struct.unpack("<f", table.read(4))[0] if facts["scope"] == "tensor" else float(np.float32(facts.get("scale", 0))))
         if coding == 3:
             return np.array(small_reader.read(stream, shape), np.int8).reshape(shape), scale
         return stream_levels(stream, int(np.prod(shape, dtype=np.int64)), coding).reshape(shape), scale
@@ -138,8 +138,10 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
             return "multiply", key, axis, text(table) if flags & 1 else None, ternary()
         if kind == 3:
             role, number = ("head", "buffer", "rows", "untied", "saved", "tuned")[varint(table)], varint(table)
-            scales = exact(f"{name}.scales") if role == "head" and number else None
-            return "set", role, number if role == "rows" else 0, scales, exact(name)
+            task = text(table) if role == "head" and number & 2 else ""
+            own = f"{task}:{name}" if task else name
+            scales = exact(f"{own}.scales") if role == "head" and number & 1 else None
+            return "set", role, number if role == "rows" else 0, task, scales, exact(own)
         if kind == 4:
             order, count, seed = ("smallest", "largest", "random")[varint(table)], varint(table), varint(table)
             bits = np.unpackbits(np.frombuffer(table.read((len(names) + 7) // 8), np.uint8), bitorder="little")
@@ -152,6 +154,12 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
             dtype, coding, shape, length = ("F32", "F16", "BF16")[varint(table)], varint(table), shapes[varint(table)], varint(table)
             assert coding == 1, "the lossless coding"
             return "lossless", dtype, list(shape), streams.read(length), table.read(16)
+        if kind == 7:
+            levels, magnitudes = ternary(1.0)[0], exact(f"{name}.magnitudes")
+            width, values = (len(magnitudes) - 1).bit_length(), levels.astype(np.float32)
+            bits = np.unpackbits(exact(f"{name}.indices"), bitorder="little")[: np.count_nonzero(levels) * width].reshape(-1, width)
+            values[levels != 0] *= magnitudes[bits.astype(np.int64) @ (1 << np.arange(width))]
+            return "palette", (levels, 1.0), values
         flags, scale = varint(table), struct.unpack("<d", table.read(8))[0]
         return "folded", ("relu", "gelu", "identity")[flags & 3], bool(flags & 4), scale, exact(f"{name}.D"), exact(f"{name}.U")
 

@@ -32,6 +32,7 @@ from sterna.expert.changes import Add, Change, Factors, Folded, Masked, MaskRule
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import MaskFacts
 from sterna.expert.file import CODES, file_pieces, from_bytes
+from sterna.expert.palette import Palette
 from sterna.expert.table import write_table
 from sterna.fingerprint import fingerprint
 
@@ -58,9 +59,11 @@ def plainly(change: Change) -> tuple[Any, ...]:
         case Folded():
             exact = [bytes(exact_bytes(values)) for _, values in change.exact]
             return "folded", change.activation, change.transposed, change.scale, *exact
+        case Palette():
+            return "palette", *coded, change.dense().numpy()
     assert isinstance(change, Set)
     scales = bytes(exact_bytes(change.scales)) if change.scales is not None else None
-    return "set", change.role, change.first_row, scales, bytes(exact_bytes(change.value))
+    return "set", change.role, change.first_row, change.task, scales, bytes(exact_bytes(change.value))
 
 
 def same(ours: Any, theirs: Any) -> bool:
@@ -613,8 +616,8 @@ def specified_content_digest(raw: bytes) -> str:
                 case "multiply", _, axis, bias, _:
                     out.append(axis)
                     string(bias or "")
-                case "set", role, first_row, scales, value:
-                    string(role, spelling(name))
+                case "set", role, first_row, task, scales, value:
+                    string(f"head:{task}" if task else role, spelling(f"{task}:{name}" if task else name))
                     shape(value)
                     out += struct.pack("<QB", first_row, scales is not None) + value.tobytes()
                     out += scales.tobytes() if scales is not None else b""
@@ -635,11 +638,14 @@ def specified_content_digest(raw: bytes) -> str:
                 positions = np.flatnonzero(levels)
                 out += struct.pack("<fQ", scale, positions.size)
                 out += (2 * positions.astype("<i8") + (levels.reshape(-1)[positions] < 0)).astype("<i8").tobytes()
+            if change[0] == "palette":
+                out += np.abs(change[2][change[2] != 0]).astype("<f4").tobytes()
     return hashlib.sha256(out).hexdigest()
 
 
 def test_the_content_digest_is_the_specified_one() -> None:
-    for expert in (of_every_kind(), trained(), trained(ternary=True), sterna.compress(*pair(torch.float16), scope="tensor")):
+    merged = from_bytes(SPECIMENS["merged"]().file())
+    for expert in (of_every_kind(), trained(), trained(ternary=True), sterna.compress(*pair(torch.float16), scope="tensor"), merged):
         assert expert.content_digest == specified_content_digest(bytes_of(expert))
 
 

@@ -19,6 +19,9 @@ from sterna.expert.changes import Add, Factors, Folded, Joined, Lossless, Masked
 from sterna.expert.container import ITEM_BYTES, Part, safetensors_pieces
 from sterna.expert.expert import Expert, exact_bytes, folded_shape, masked_parts, masked_value, new_value, refuse_count
 from sterna.expert.file import CODES, load
+from sterna.expert.heads import with_head
+from sterna.expert.palette import Palette
+from sterna.live.palettes import add_palette
 from sterna.live.update import sparse_adds
 from sterna.mask import choose, tensor_piece
 from sterna.progress import Progress, silent
@@ -40,6 +43,7 @@ def apply(
     out: str | os.PathLike[str],
     *,
     merged: bool = False,
+    head: str | None = None,
     allow_narrower: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -50,8 +54,7 @@ def apply(
 
     Raises WrongBase, InvalidFile, CannotWrite, and what opening the base raises.
     """
-    if not isinstance(expert, Expert):
-        expert = load(expert)
+    expert = with_head(expert if isinstance(expert, Expert) else load(expert), head)
     refuse_existing(Path(out))
     opened = open_checkpoint(base)
     own, _, _ = require_checkpoint(expert, opened, allow_narrower, progress)
@@ -154,7 +157,7 @@ class _Entries:
     part: torch.Tensor
 
 
-_Whole = Add | Factors | Multiply | Folded | Set | Lossless
+_Whole = Add | Factors | Multiply | Folded | Set | Lossless | Palette
 
 
 def _entries(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> dict[str, _Entries]:
@@ -171,7 +174,7 @@ def _dtype(change: Set) -> torch.dtype:
 def _shape_wanted(change: _Whole | _Entries, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that the base's tensor must have, where the change itself does not see to it."""
     match change:
-        case Add():
+        case Add() | Palette():
             return change.levels.shape
         case Folded():
             return folded_shape(change, shape)
@@ -193,6 +196,9 @@ def _tuned(base: Checkpoint, name: str, changes: Sequence[_Whole | _Entries], dt
             tensor = tensor.clone(memory_format=torch.contiguous_format)
             for step in sparse_adds([tensor], Joined.of(blockwise([change.levels]))):
                 step.apply()
+        elif isinstance(change, Palette):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            add_palette(tensor, change).apply()
         else:
             tensor = new_value(change, tensor).to(dtype)
     yield exact_bytes(tensor)

@@ -19,6 +19,7 @@ from sterna.errors import InvalidArgument
 from sterna.expert.changes import Add, Factors, Joined, Masked, Multiply, Ternary, needs_base, touched
 from sterna.expert.expert import DENSE_FREE, DENSE_RATIO
 from sterna.expert.facts import BaseFacts
+from sterna.expert.palette import Palette
 from sterna.numbers import bits, torch_bits
 from sterna.numbers.bits import F64, I64, WORD
 
@@ -183,6 +184,9 @@ def bitmasks(expert: Expert, names: Collection[str] | None = None) -> Bitmasks:
 def leveled(expert: Expert, names: Collection[str] | None = None) -> tuple[Leveled, ...]:
     """The changes (of those names) that are made of levels, in their order. Raises InvalidArgument for exact values of PaFi and HiWi."""
     picked = [change for change in expert.changes if names is None or change.name in names]
+    several = [change.name for change in picked if isinstance(change, Palette)]
+    if several:
+        raise InvalidArgument(f"the expert has several magnitudes in {several[0]}, which two masks cannot hold: merge it with recompress first")
     exact = [change.name for change in picked if needs_base(change) and not change.ternaries]
     if exact:
         more = f" (and {len(exact) - 1} more)" if exact[1:] else ""

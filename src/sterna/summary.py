@@ -10,6 +10,7 @@ from typing import Any
 from sterna.expert.changes import Change, Folded, Lossless, Masked, Set, streams
 from sterna.expert.expert import Expert
 from sterna.expert.facts import Facts
+from sterna.expert.palette import Palette
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
     table = len(write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor"))
     tensors = tuple(_tensor(change) for change in expert.changes)
     coded = sum(stream.size for change in expert.changes for stream in streams(change))
-    exact = sum(_bytes(change) for change in expert.changes)
+    coded += sum(_bytes(change) for change in expert.changes if isinstance(change, Palette))
+    exact = sum(_bytes(change) for change in expert.changes if not isinstance(change, Palette))
     entries = expert.facts.parameters if expert.lossless is not None else sum(t.entries for t in tensors)
     nonzeros = sum(t.nonzeros for t in tensors)
     return Summary(
@@ -148,6 +150,9 @@ def _tensor(change: Change) -> TensorSummary:
         case Lossless():
             kind = f"lossless ({str(change.dtype).removeprefix('torch.')})"
             return TensorSummary(change.name, kind, change.shape, math.prod(change.shape), change.count, change.stream.size)
+        case Palette(levels=levels):
+            kind = f"palette ({change.magnitudes.numel()})"
+            return TensorSummary(change.name, kind, levels.shape, levels.size, levels.count, levels.stop - levels.start + _bytes(change))
         case Masked() if not change.ternaries:
             return TensorSummary(change.name, _masked(change), (change.rule.count,), 0, 0, _bytes(change))
     parts = change.ternaries

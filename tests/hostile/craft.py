@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
-ADD, FACTORS, MULTIPLY, SET, MASKED, FOLDED, LOSSLESS = range(7)
+ADD, FACTORS, MULTIPLY, SET, MASKED, FOLDED, LOSSLESS, PALETTE = range(8)
 CHUNK = 1 << 20
 
 
@@ -372,6 +372,39 @@ def lossless() -> Draft:
     return Draft(lossless_facts(), ["a", "b", "c"], [(6, 5), (3, 1)], rows, [("score.weight", "BF16", [4], bytes(8))])
 
 
+def merge_facts(**changes: Any) -> dict[str, Any]:
+    told = {"merge_method": "ties", "models": [{"model": "a.safetensors", "task": "a"}]}
+    given = {"method": "merge", "density": None, "alpha": None, "scale": None, "scope": "tensor", "merge": told, "heads": {"a": {}, "b": {}}}
+    return facts(**(given | changes))
+
+
+def palette_exact(magnitudes: Sequence[float], indices: bytes) -> list[Tensor]:
+    return [
+        ("w.magnitudes", "F32", [len(magnitudes)], struct.pack(f"<{len(magnitudes)}f", *magnitudes)),
+        ("w.indices", "U8", [len(indices)], indices),
+    ]
+
+
+def merged() -> Draft:
+    """A palette of five magnitudes over nine non-zeros (27 bits in four bytes), an added tensor, and heads of two tasks, one of them in 8 bit."""
+    levels = {2 * i: 1 if i % 2 else -1 for i in range(9)}
+    numbers = packed([number >> bit & 1 for number in (0, 1, 2, 3, 4, 4, 0, 3, 1) for bit in range(3)])
+    rows = [
+        Row(ADD, 1, levels=[Levels(0, stream(12, {3: 1}))]),
+        Row(SET, 0, "score.weight", varint(0, 2) + text("a")),
+        Row(SET, 0, "score.weight", varint(0, 3) + text("b")),
+        Row(PALETTE, 2, levels=[Levels(1, stream(20, levels), scale=b"")]),
+    ]
+    exact: list[Tensor] = [
+        ("b:score.weight.scales", "F32", [2], struct.pack("<2f", 0.5, 0.0)),
+        palette_exact([0.25, 0.5, 0.75, 1.0, 1.5], b"")[0],
+        ("a:score.weight", "BF16", [4], bytes(8)),
+        ("b:score.weight", "I8", [2, 3], bytes(range(6))),
+        palette_exact([], numbers)[1],
+    ]
+    return Draft(merge_facts(), ["a.bias", "w"], [(12,), (4, 5)], rows, exact)
+
+
 def nothing() -> Draft:
     """An expert without a change, of a base without a tensor."""
     return Draft(facts(), [], [], [])
@@ -398,4 +431,5 @@ SPECIMENS: dict[str, Callable[[], Draft]] = {
     "masked": masked,
     "first_coding": first_coding,
     "lossless": lossless,
+    "merged": merged,
 }

@@ -14,7 +14,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hostile.craft import (
     LOSSLESS,
     MASKED,
     MULTIPLY,
+    PALETTE,
     SET,
     Bits,
     Draft,
@@ -47,8 +48,11 @@ from hostile.craft import (
     lossless_facts,
     mask,
     masked,
+    merge_facts,
+    merged,
     name_table,
     packed,
+    palette_exact,
     plain,
     planes,
     planes1,
@@ -82,6 +86,7 @@ def cases() -> Iterator[Case]:
     yield from rice_planes()
     yield from small_streams()
     yield from lossless_streams()
+    yield from merging()
     yield from too_large()
 
 
@@ -359,7 +364,7 @@ def changes() -> Iterator[Case]:
         return rows(name, phrase, Row(ADD, 1, levels=[levels]), **pieces)
 
     tensorwise = {"facts": scaled().facts}
-    yield rows("kind_unknown", "kind of change is 7", Row(7, 1, levels=[small]))
+    yield rows("kind_unknown", "kind of change is 8", Row(8, 1, levels=[small]))
     yield rows("kind_huge", "kind of change is 127", Row(127, 1, levels=[small]))
     yield rows("name_out_of_range", "name is 4", Row(ADD, 4, levels=[small]))
     yield rows("name_path", "is a path", Row(ADD, 0, "../../x", levels=[small]))
@@ -421,7 +426,7 @@ def changes() -> Iterator[Case]:
 
     head = ("head", "F32", [2], bytes(8))
     yield rows("role_unknown", "role is 6", Row(SET, 0, "head", varint(6, 0)), exact=[head])
-    yield rows("first_row_of_head", "flag of scales is 3", Row(SET, 0, "head", varint(0, 3)), exact=[head])
+    yield rows("first_row_of_head", "flags is 4", Row(SET, 0, "head", varint(0, 4)), exact=[head])
     yield rows("first_row_huge", "first row is", Row(SET, 0, "head", varint(2, 1 << 50)), exact=[head])
     yield rows("exact_missing", "exact tensor 'head' that the file lacks", Row(SET, 0, "head", varint(0, 0)))
     yield rows("exact_is_table", "exact tensor 'sterna.table' that the file lacks", Row(SET, 0, "sterna.table", varint(0, 0)))
@@ -498,8 +503,8 @@ def training() -> Iterator[Case]:
         named = {"score.weight" + {"value": "", "scales": ".scales"}[part]: of for part, of in exact.items()}
         return case(f"head_{name}", phrase, {"head": Row(SET, 0, "score.weight", fields)}, named)
 
-    yield heads("flag_2", "flag of scales is 2", varint(0, 2))
-    yield heads("scales_of_a_buffer", "flag of scales is 1", varint(1, 1))
+    yield heads("flag_4", "flags is 4", varint(0, 4))
+    yield heads("scales_of_a_buffer", "flags is 1", varint(1, 1))
     yield heads("scales_missing", "'score.weight.scales' that the file lacks", scales=None)
     yield heads("scales_unasked", "does not tell of: 'score.weight.scales'", varint(0, 0))
     yield heads("scales_3", "2 finite float32 numbers", scales=("F32", [3]))
@@ -655,6 +660,61 @@ def small_streams() -> Iterator[Case]:
     yield case("flat_spare_byte", decode, varint(2) + b"\0" + bytes(8) + b"\x01")
     yield case("too_many_entries", "tell of 1,048,576 entries", sound, (1 << 10, 1 << 10))
     yield case("far_too_many_entries", "tell of 281,474,976,710,656 entries", sound, (1 << 24, 1 << 24))
+
+
+def merging() -> Iterator[Case]:
+    draft = merged()
+    levels = Levels(0, stream(20, {2 * i: 1 for i in range(9)}), scale=b"")
+
+    def palette(name: str, phrase: str, magnitudes: Sequence[float], indices: bytes, **pieces: Any) -> Case:
+        given = {"rows": [Row(PALETTE, 2, levels=[levels])], "shapes": [(20,)], "exact": palette_exact(magnitudes, indices)}
+        return f"palette_{name}", phrase, draft.but(**(given | pieces)).file()
+
+    wrong, ascend, count = "has magnitudes torch.", "not finite, above 0 and ascending", "expected 3 bytes for 9 non-zeros"
+    sound, full = [0.25, 0.5, 0.75], bytes([0, 0, 0])
+    yield palette("of_one", wrong, [0.5], b"")
+    yield palette("of_none", wrong, [], b"")
+    yield palette("zero", ascend, [0.0, 0.5, 0.75], full)
+    yield palette("negative", ascend, [-0.25, 0.5, 0.75], full)
+    yield palette("nan", ascend, [0.25, float("nan"), 0.75], full)
+    yield palette("infinity", ascend, [0.25, 0.5, float("inf")], full)
+    yield palette("twice", ascend, [0.25, 0.5, 0.5], full)
+    yield palette("indices_short", count, sound, full[:2])
+    yield palette("indices_long", count, sound, bytes(4))
+    yield palette("index_bits_left_over", "bits set beyond the last", sound, bytes([0, 0, 4]))
+    yield palette("index_beyond", "beyond its 3 magnitudes", sound, bytes([0, 3, 0]))
+    yield palette("magnitudes_missing", "exact tensor 'w.magnitudes' that the file lacks", sound, full, exact=palette_exact(sound, full)[1:])
+    yield palette("indices_missing", "exact tensor 'w.indices' that the file lacks", sound, full, exact=palette_exact(sound, full)[:1])
+    half = [("w.magnitudes", "F16", [3], struct.pack("<3e", *sound)), palette_exact(sound, full)[1]]
+    yield palette("in_16_bit", wrong, sound, full, exact=half)
+    words = [palette_exact(sound, full)[0], ("w.indices", "I8", [3], full)]
+    yield palette("indices_signed", "has indices torch.int8", sound, full, exact=words)
+
+    def heads(name: str, phrase: str, *tasks: str, role: int = 0, **told: Any) -> Case:
+        rows = [Row(SET, 0, "score", varint(role, 2) + text(task)) for task in tasks]
+        exact = [(f"{task}:score", "F32", [1], bytes(4)) for task in dict.fromkeys(tasks)]
+        return f"heads_{name}", phrase, draft.but(rows=rows, exact=exact, facts=merge_facts(**told)).file()
+
+    order = "not in order of their names"
+    yield heads("twice", "exact tensor 'a:score' that the file lacks", "a", "a")
+    yield heads("unsorted", order, "b", "a")
+    yield heads("task_path", "is a path", "../a")
+    yield heads("task_empty", "is not printable", "")
+    yield heads("task_of_a_buffer", "is 2; at most 0", "a", role=1)
+    yield heads("task_unknown", "heads of the task 'c'", "c")
+    plainly = [Row(SET, 0, "score", varint(0, 0)), Row(SET, 0, "score", varint(0, 2) + text("a"))]
+    both = [("score", "F32", [1], bytes(4)), ("a:score", "F32", [1], bytes(4))]
+    yield "heads_with_and_without_task", order, draft.but(rows=plainly, exact=both).file()
+    yield heads("of_a_number", "heads.a is 3", "a", heads={"a": 3})
+    yield heads("unknown_field", "heads.a is", "a", heads={"a": {"weights": 1}})
+    yield heads("config_with_code", "a config without code", "a", heads={"a": {"config": {"auto_map": {"AutoModel": "x"}}}})
+    yield heads("config_with_code_deep", "a config without code", "a", heads={"a": {"config": {"x": {"auto_map": "y"}}}})
+    yield heads("architecture", "a class name", "a", heads={"a": {"architecture": "os.system"}})
+    yield heads("prefix", "a printable prefix", "a", heads={"a": {"prefix": "\x1b[2J"}})
+    yield heads("dropped", "dropped names", "a", heads={"a": {"dropped": ["x\n"]}})
+    yield "merge_without_recipe", "merge is {}", draft.but(facts=merge_facts(merge=None)).file()
+    yield "recipe_without_merge", "merge is {'merge_method'", plain().but(facts=facts(merge={"merge_method": "ties"})).file()
+    yield "merge_scope", "scale is 0.0", draft.but(facts=merge_facts(scope="global")).file()
 
 
 def lossless_streams() -> Iterator[Case]:

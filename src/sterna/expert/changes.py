@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sterna.codings import CHUNK, I64, NO_BLOCKS, U8, U32, AnyCoding, Blocks, Sequential, lossless
 from sterna.errors import InvalidArgument
+from sterna.expert.palette import Palette
 
 if TYPE_CHECKING:
     import torch
@@ -212,6 +213,7 @@ class Set:
     `role` says why it is exact: a task `head`; a `buffer`; `rows` that an embedding gained, appended after the base's `first_row` rows;
     an `untied` copy of a tensor that the base ties; a module `saved` beside an adapter; a parameter `tuned` as a whole, of the base's shape.
     A head may be stored in 8 bit: `value` is then int8 [out, ...] and `scales` float32 [out]. Use `tensor`, not `value`, for what it is worth.
+    A merged expert's heads have the name of their `task`; see `sterna.expert.heads`.
     """
 
     name: str
@@ -219,6 +221,7 @@ class Set:
     role: Role
     first_row: int = 0
     scales: torch.Tensor | None = None
+    task: str = ""
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -233,7 +236,8 @@ class Set:
 
     @property
     def exact(self) -> Exact:
-        return ((self.name, self.value),) if self.scales is None else ((self.name, self.value), (f"{self.name}.scales", self.scales))
+        name = exact_name(self.name, self.task)
+        return ((name, self.value),) if self.scales is None else ((name, self.value), (f"{name}.scales", self.scales))
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +342,12 @@ class Lossless:
         return ()
 
 
-Change = Add | Factors | Multiply | Set | Masked | Folded | Lossless
+Change = Add | Factors | Multiply | Set | Masked | Folded | Lossless | Palette
+
+
+def exact_name(name: str, task: str) -> str:
+    """What a file calls an exact tensor: by its name, and the task's where it is the head of one of several."""
+    return f"{task}:{name}" if task else name
 
 
 def touched(change: Change) -> tuple[str, ...]:

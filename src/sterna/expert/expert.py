@@ -19,6 +19,7 @@ from sterna.codings import I64
 from sterna.errors import InvalidArgument, WrongBase
 from sterna.expert.changes import Add, Change, Factors, Folded, Joined, Lossless, Masked, MaskRule, Multiply, Set, Ternary, coded_shapes
 from sterna.expert.facts import Facts
+from sterna.expert.palette import Palette
 from sterna.fingerprint import Fingerprint, require_base, tensor_digest
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Expert:
                     sha.update(struct.pack("<B", change.axis))
                     _add_text(sha, change.bias or "")
                 case Set():
-                    _add_text(sha, change.role)
+                    _add_text(sha, f"{change.role}:{change.task}" if change.task else change.role)
                     _add_text(sha, str(change.value.dtype).removeprefix("torch."))
                     _add_shape(sha, tuple(change.value.shape))
                     sha.update(struct.pack("<Q?", change.first_row, change.scales is not None))
@@ -107,6 +108,9 @@ class Expert:
                 sha.update(struct.pack("<fQ", ternary.scale, ternary.count))
                 for codes in ternary.batches():
                     sha.update(codes)
+            if isinstance(change, Palette):
+                for _, signed in change.batches():
+                    sha.update(np.abs(signed))
         return sha.hexdigest()
 
     @property
@@ -140,6 +144,9 @@ class Expert:
         for ternary in self.ternaries:
             for _ in ternary.batches():
                 pass
+        for change in self.changes:
+            if isinstance(change, Palette):
+                change.numbers(0, change.levels.count)
 
     def task_vector(self, base: Source | None = None, *, max_bytes: int | None = None) -> dict[str, torch.Tensor]:
         """The dense float32 task vector by base name: what attaching adds to each tensor, before rounding to the live dtype.
@@ -151,7 +158,7 @@ class Expert:
         """
         tensors = self._base_tensors(base) if base is not None else None
         limit = max_bytes if max_bytes is not None else self._dense_limit() if tensors is None else sum(4 * t.numel() for t in tensors.values())
-        wanted = sum(4 * math.prod(_dense_shape(change)) for change in self.changes if isinstance(change, Add | Factors))
+        wanted = sum(4 * math.prod(_dense_shape(change)) for change in self.changes if isinstance(change, Add | Factors | Palette))
         factors = max((4 * (change.A.size + change.B.size) for change in self.changes if isinstance(change, Factors)), default=0)
         if wanted > limit or factors > max(limit, DENSE_FREE):
             takes = max(wanted, factors)
@@ -166,6 +173,8 @@ class Expert:
             match change:
                 case Add():
                     dense[change.name] = torch.from_numpy(change.levels.levels().astype(np.float32)) * change.levels.scale
+                case Palette():
+                    dense[change.name] = change.dense()
                 case Factors():
                     dense[change.name] = factor_product(change).reshape(_dense_shape(change) if tensors is None else tensors[change.name].shape)
                 case Multiply():
@@ -199,7 +208,7 @@ class Expert:
         return {name: opened.read(own) for name, own in alignment.to_other.items()}
 
     def _shapes(self) -> list[tuple[int, ...] | None]:
-        known = {change.name: coded_shapes(change)[0] for change in self.changes if isinstance(change, Add | Lossless)}
+        known = {change.name: coded_shapes(change)[0] for change in self.changes if isinstance(change, Add | Lossless | Palette)}
         return [known.get(name) for name in self.fingerprint.names]
 
 
@@ -308,8 +317,8 @@ def exact_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def _dense_shape(change: Add | Factors) -> tuple[int, ...]:
-    if isinstance(change, Add):
+def _dense_shape(change: Add | Factors | Palette) -> tuple[int, ...]:
+    if not isinstance(change, Factors):
         return change.levels.shape
     out, inner = change.B.shape[0], change.A.shape[1:]
     return (math.prod(inner), out) if change.transposed else (out, *inner)

@@ -23,7 +23,7 @@ _MASK_RULE = 1
 """The canonical mask that `sterna.mask` makes."""
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
-Method = Literal["compeft", "exact", "lossless"]
+Method = Literal["compeft", "exact", "lossless", "merge"]
 SourceKind = Literal["full", "lora", "ia3", "pafi", "hiwi"]
 Scope = Literal["global", "tensor"]
 
@@ -70,6 +70,8 @@ class Facts:
     `scale` is lambda, 0 where each tensor has its own (`scope="tensor"`). `prefixes` are the class prefixes of
     the base's and the tuned model's names; `config` the configuration fields that the tuned model changed; `tokens` the tokenizer's added tokens;
     `adapter` the adapter_config.json of an expert made from PEFT; `mask` is that of PaFi; `tuning` the options of the method that trained it;
+    `method` "merge" is of an expert made of others: `merge` is the recipe, and `heads` has for each of the parents' tasks what goes with its head
+    (`config`, `architecture`, `dropped`, and `prefix`, that of the tuned model's class);
     `metadata` is the user's.
     """
 
@@ -91,6 +93,8 @@ class Facts:
     adapter: Mapping[str, Any] = field(default_factory=dict)
     mask: MaskFacts | None = None
     tuning: Mapping[str, Any] = field(default_factory=dict)
+    merge: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,13 +112,14 @@ def _allowed(name: str) -> bool:
 
 def check(facts: Facts) -> None:
     """Raise InvalidArgument for the first fact out of its limits."""
-    _require(facts.method in ("compeft", "exact", "lossless"), "method", facts.method, "compeft, exact or lossless")
+    _require(facts.method in ("compeft", "exact", "lossless", "merge"), "method", facts.method, "compeft, exact, lossless or merge")
     _require(facts.source in ("full", "lora", "ia3", "pafi", "hiwi"), "source", facts.source, "full, lora, ia3, pafi or hiwi")
     _require(facts.scope in ("global", "tensor"), "scope", facts.scope, "global or tensor")
     if facts.method != "compeft":
         for key in ("density", "alpha"):
             _require(getattr(facts, key) is None, key, getattr(facts, key), "none where values are stored exactly")
-        _require(facts.scope == "global" and facts.scale == 0, "scale", facts.scale, "0, of scope global, where values are stored exactly")
+        wanted = "tensor" if facts.method == "merge" else "global"
+        _require(facts.scope == wanted and facts.scale == 0, "scale", facts.scale, f"0, of scope {wanted}, under the method {facts.method}")
     else:
         _require(facts.density is not None and 0 < facts.density <= 1, "density", facts.density, "a number above 0, up to 1")
         _require(facts.alpha is not None and 0 < facts.alpha < 1e6, "alpha", facts.alpha, "a finite number above 0, below a million")
@@ -132,12 +137,32 @@ def check(facts: Facts) -> None:
     for key, names in (("dropped", facts.dropped), ("excluded", facts.excluded)):
         for name in names:
             _require(len(name) <= _NAME and name.isprintable(), key, name, f"printable names of at most {_NAME} characters")
+    _require(bool(facts.merge) == (facts.method == "merge"), "merge", dict(facts.merge), "a recipe where the method is merge, and only there")
+    for task, held in facts.heads.items():
+        _check_head(task, held)
     for name in facts.config:
         _require(_allowed(name), "config", name, "fields that describe the model, not where its code or weights come from")
     for key in ("config", "adapter", "tuning"):
         _require(not _names_code(getattr(facts, key)), key, "a value that names code", f"none of {', '.join(sorted(_CODE))}, at any depth")
-    for key in ("config", "tokens", "adapter", "tuning", "metadata"):
+    for key in ("config", "tokens", "adapter", "tuning", "merge", "heads", "metadata"):
         _require(_plain_json(getattr(facts, key), _DEPTH), key, "its value", f"plain JSON at most {_DEPTH} deep, with finite numbers")
+
+
+def _check_head(task: str, held: object) -> None:
+    where = f"heads.{task[:80]}"
+    _require(0 < len(task) <= _NAME and task.isprintable(), "heads", task[:80], f"tasks named by printable text of at most {_NAME} characters")
+    known = isinstance(held, Mapping) and set(held) <= {"config", "architecture", "prefix", "dropped"}
+    _require(known, where, held, "an object with config, architecture, prefix and dropped, or some of them")
+    assert isinstance(held, Mapping)
+    config, architecture, prefix, dropped = (held.get(key, empty) for key, empty in _HEAD.items())
+    _require(isinstance(config, Mapping) and all(map(_allowed, config)) and not _names_code(config), where, config, "a config without code")
+    _require(isinstance(architecture, str) and bool(_ARCHITECTURE.fullmatch(architecture)), where, architecture, "a class name")
+    _require(isinstance(prefix, str) and len(prefix) <= _TEXT and prefix.isprintable(), where, prefix, "a printable prefix")
+    names = isinstance(dropped, list | tuple) and all(isinstance(name, str) and len(name) <= _NAME and name.isprintable() for name in dropped)
+    _require(names, where, dropped, f"dropped names of at most {_NAME} printable characters")
+
+
+_HEAD: dict[str, Any] = {"config": {}, "architecture": "None", "prefix": "", "dropped": []}
 
 
 def _check_mask(mask: MaskFacts) -> None:
@@ -212,7 +237,8 @@ def from_json(text: str) -> Facts:
     base = value.pop("base", None)
     try:
         _expect_fields("base", base, {"name": str, "fingerprint": str, "parameters": int, "revision": str}, ("name", "fingerprint", "parameters"))
-        required = ("method", "source", "scope", "writer", *(("density", "alpha") if value.get("method") not in ("exact", "lossless") else ()))
+        leveled = value.get("method") not in ("exact", "lossless", "merge")
+        required = ("method", "source", "scope", "writer", *(("density", "alpha") if leveled else ()))
         _expect_fields("object", value, _TYPES, required)
         if "mask" in value:
             _expect_fields("mask", value["mask"], {"order": str, "density": (int, float), "seed": int, "rule": int}, ("order", "rule"))
@@ -236,7 +262,7 @@ def from_json(text: str) -> Facts:
 _TYPES: dict[str, Any] = {
     "method": str, "source": str, "density": (int, float), "alpha": (int, float), "scope": str, "scale": (int, float), "writer": str,
     "parameters": int, "architecture": str, "prefixes": list, "dropped": list, "excluded": list, "config": dict, "tokens": list, "adapter": dict,
-    "mask": dict, "tuning": dict, "metadata": dict,
+    "mask": dict, "tuning": dict, "merge": dict, "heads": dict, "metadata": dict,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from sterna.expert.changes import VALUES, Change, Lossless, Masked, Set, streams
 from sterna.expert.container import CHECKSUM, ITEM_BYTES, Container, Part, parse, pieces, read
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import Facts, from_json, to_json
+from sterna.expert.palette import Palette
 from sterna.expert.table import MAX_DIMENSIONS, read_table, write_table
 from sterna.writing import whole_file
 
@@ -42,7 +43,8 @@ def file_pieces(expert: Expert) -> Iterator[bytes | memoryview]:
     """
     for change in expert.changes:
         refuse_unwritable(change)
-    if expert.facts.scope == "global" and any(np.float32(ternary.scale) != np.float32(expert.facts.scale) for ternary in expert.ternaries):
+    told = [ternary for change in expert.changes if not isinstance(change, Palette) for ternary in change.ternaries]
+    if expert.facts.scope == "global" and any(np.float32(ternary.scale) != np.float32(expert.facts.scale) for ternary in told):
         raise InvalidArgument(f"an expert of scope 'global' has the scale {expert.facts.scale} in every tensor; scope 'tensor' lets them differ")
     table = write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor")
     if fault := _contradiction(expert.facts, expert.changes):
@@ -73,6 +75,8 @@ def _contradiction(facts: Facts, changes: Sequence[Change]) -> str | None:
         return "method is 'exact', but it has levels"
     if any(not isinstance(change, Lossless | Set) if facts.method == "lossless" else isinstance(change, Lossless) for change in changes):
         return f"method is {facts.method!r}, which some of its changes do not go with"
+    if lost := {change.task for change in changes if isinstance(change, Set) and change.task} - set(facts.heads):
+        return f"table has heads of the task {min(lost)!r}, which its facts do not know"
     told = [(facts.mask.order, facts.mask.seed)] if facts.mask is not None else []
     if told != [(rule.order, rule.seed) for rule in rules]:
         return f"mask is {told or 'none'} in the facts, {[(rule.order, rule.seed) for rule in rules] or 'none'} in the table"

@@ -33,9 +33,11 @@ from sterna.expert.changes import (
     Set,
     Ternary,
     coded_shapes,
+    exact_name,
     needs_base,
     touched,
 )
+from sterna.expert.palette import Palette, palette_fault
 from sterna.fingerprint import SHORT, Fingerprint
 
 MAX_NAMES = 1 << 18
@@ -50,7 +52,8 @@ _ROLES: tuple[Role, ...] = ("head", "buffer", "rows", "untied", "saved", "tuned"
 _ORDERS: tuple[Order, ...] = ("smallest", "largest", "random")
 _ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu", "identity")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_ADD, _FACTORS, _MULTIPLY, _SET, _MASKED, _FOLDED, _LOSSLESS = range(7)
+_ADD, _FACTORS, _MULTIPLY, _SET, _MASKED, _FOLDED, _LOSSLESS, _PALETTE = range(8)
+_KINDS = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED, Lossless: _LOSSLESS, Palette: _PALETTE}
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -159,8 +162,7 @@ def _put_names(out: bytearray, names: tuple[str, ...]) -> None:
 def _put_row(
     out: bytearray, change: Change, before: _Before, numbers: Mapping[str, int], shapes: Mapping[tuple[int, ...], int], scaled: bool
 ) -> None:
-    kind = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED, Lossless: _LOSSLESS}[type(change)]
-    out.append(kind)
+    out.append(_KINDS[type(change)])
     _put(out, numbers.get(change.name, -1) + 1)
     if change.name not in numbers:
         _put_text(out, change.name)
@@ -184,7 +186,10 @@ def _put_row(
             if change.bias is not None:
                 _put_text(out, change.bias)
         case Set():
-            _put(out, _ROLES.index(change.role), change.first_row if change.scales is None else 1)
+            flags = (change.scales is not None) | bool(change.task) << 1
+            _put(out, _ROLES.index(change.role), flags if change.role == "head" else change.first_row)
+            if change.task:
+                _put_text(out, change.task)
         case Masked(rule=rule):
             _put(out, _ORDERS.index(rule.order), rule.count, rule.seed)
             chosen = set(rule.names)
@@ -198,7 +203,7 @@ def _put_row(
             out += change.digest
     for ternary in change.ternaries:
         _put(out, ternary.coding.number, shapes[ternary.shape], ternary.stop - ternary.start)
-        if scaled:
+        if scaled and not isinstance(change, Palette):
             out += struct.pack("<f", ternary.scale)
 
 
@@ -268,11 +273,13 @@ class _Streams:
     scale: float | None
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
-    def ternary(self, reader: _Reader) -> Ternary:
+    def ternary(self, reader: _Reader, given: float | None = None) -> Ternary:
+        """The next ternary tensor; `given` is a scale that its row does not tell."""
         coding = by_number(reader.number(255, "coding"))
         shape = self.shapes[reader.number(len(self.shapes) - 1, "shape number")]
         length = reader.number(self.stop - self.at, "stream length")
-        scale = reader.floating("<f", "scale") if self.scale is None else self.scale
+        known = self.scale if given is None else given
+        scale = reader.floating("<f", "scale") if known is None else known
         if scale < 0:
             raise InvalidFile(f"the table's scale is {scale}; expected 0 or more")
         start, self.at = self.at, self.at + length
@@ -321,6 +328,10 @@ def _extent(shape: tuple[int, ...]) -> int:
 def _change_fault(change: Change) -> str | None:
     """What is wrong with the tensors of one change, or None."""
     match change:
+        case Palette():
+            return palette_fault(change)
+        case Set(task=str() as task) if task and (change.role != "head" or name_fault(task)):
+            return f"is a {change.role} of the task {task[:80]!r}; only a head has a task, named by printable text that is no path"
         case Set(scales=torch.Tensor() as scales, value=value):
             if change.role != "head" or value.dtype != torch.int8 or not value.dim():
                 return f"has scales for {value.dtype} in the role {change.role}; expected an int8 head of rows"
@@ -350,7 +361,7 @@ def _biases(changes: Iterable[Change]) -> list[str]:
 def _rows_fault(changes: Sequence[Change]) -> str | None:
     """What breaks the order of the rows, or changes one tensor twice; None where nothing does."""
     for first, second in pairwise(changes):
-        if not first.name < second.name and not _rows_after_add(first, second):
+        if not first.name < second.name and not _rows_after_add(first, second) and not _other_task(first, second):
             return f"rows are not in order of their names at {second.name!r}"
     masks = [change for change in changes if isinstance(change, Masked)]
     if len(masks) > 1:
@@ -365,6 +376,11 @@ def _rows_fault(changes: Sequence[Change]) -> str | None:
 def _rows_after_add(first: Change, second: Change) -> bool:
     """The one pair of changes that may share a name: an embedding's old rows, then those it gained."""
     return first.name == second.name and isinstance(first, Add | Factors | Multiply | Lossless) and isinstance(second, Set) and second.role == "rows"
+
+
+def _other_task(first: Change, second: Change) -> bool:
+    """Whether two changes are heads of one name, of tasks in order."""
+    return first.name == second.name and isinstance(first, Set) and isinstance(second, Set) and "" < first.task < second.task
 
 
 def _names(reader: _Reader) -> tuple[str, ...]:
@@ -400,11 +416,16 @@ def _key(reader: _Reader, before: _Before, name: str, known: bool) -> str:
 
 
 def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Change:
-    kind = reader.number(_LOSSLESS, "kind of change")
+    kind = reader.number(_PALETTE, "kind of change")
     number = reader.number(len(names), "name")
     name = names[number - 1] if number else reader.name("name")
     if kind == _ADD:
         return Add(name, streams.ternary(reader))
+    if kind == _PALETTE:
+        palette = Palette(name, streams.ternary(reader, 1.0), exact(f"{name}.magnitudes"), exact(f"{name}.indices"))
+        if fault := _change_fault(palette):
+            raise InvalidFile(f"the table's change of {name} {fault}")
+        return palette
     if kind == _FACTORS:
         flags = reader.number(15, "flags")
         key = _key(reader, before, name, bool(flags & 4))
@@ -441,10 +462,12 @@ def _set_row(reader: _Reader, name: str, of_base: bool, exact: Callable[[str], t
     role = _ROLES[reader.number(len(_ROLES) - 1, "role")]
     if role == "tuned" and not of_base:
         raise InvalidFile(f"the table tunes {name!r}, which is not a tensor of the base")
-    number = reader.number({"rows": MAX_ENTRIES, "head": 1}.get(role, 0), "first row" if role == "rows" else "flag of scales")
+    number = reader.number({"rows": MAX_ENTRIES, "head": 3}.get(role, 0), "first row" if role == "rows" else "flags")
     if role == "rows" or not number:
         return Set(name, exact(name), role, number)
-    change = Set(name, exact(name), role, scales=exact(f"{name}.scales"))
+    task = reader.name("task") if number & 2 else ""
+    own = exact_name(name, task)
+    change = Set(name, exact(own), role, scales=exact(f"{own}.scales") if number & 1 else None, task=task)
     if fault := _change_fault(change):
         raise InvalidFile(f"the table's change of {name} {fault}")
     return change

@@ -219,3 +219,41 @@ def add_product(live, A, B, scale, kind):
         updates += changed
         lost += same
     return updates, lost
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def add_values(live, codes, counts, starts, numbers, magnitudes, undo, kind):
+    """live[position] += its value, rounded once, for blocks of codes, counts[k] of them from position starts[k] on; the old words go to `undo`.
+
+    A value is magnitudes[numbers[i]] (float32) with the code's sign. `live` and `undo` hold words as `add_product` takes them. Returns how many words
+    rounding left as they were.
+    """
+    at = same = 0
+    for k in range(counts.size):
+        for i in range(at, at + counts[k]):
+            code = codes[i]
+            position = starts[k] + (code >> np.uint32(1))
+            value = magnitudes[numbers[i]]
+            step = -value if code & np.uint32(1) else value
+            old = live[position]
+            if kind == FLOAT:
+                new = live.dtype.type(np.float32(old) + step)
+            elif kind == BF16:
+                new = live.dtype.type(float_to_bf16(bf16_to_float(np.uint16(old)) + step))
+            else:
+                new = live.dtype.type(float_to_fp16(fp16_to_float(np.uint16(old)) + step))
+            undo[i] = old
+            live[position] = new
+            same += new == old
+        at += counts[k]
+    return same
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def put_back(live, codes, counts, starts, undo):
+    """live[position] = undo[i] for the codes that `add_values` took."""
+    at = 0
+    for k in range(counts.size):
+        for i in range(at, at + counts[k]):
+            live[starts[k] + (codes[i] >> np.uint32(1))] = undo[i]
+        at += counts[k]

@@ -15,9 +15,12 @@ import torch
 from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongBase, WrongModel
 from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, Masked, Multiply, Set, coded_shapes, needs_base, touched
 from sterna.expert.expert import Expert, folded_shape, new_value, refuse_count
+from sterna.expert.heads import with_head
+from sterna.expert.palette import Palette
 from sterna.fingerprint import LiveDigests, combine, require_base
 from sterna.live.head import Configure, Replace
 from sterna.live.lock import ReadWriteLock
+from sterna.live.palettes import add_palette
 from sterna.live.rewrite import Rewrite
 from sterna.live.update import NATIVE, AddProduct, Overwrite, Step, WriteMasked, sparse_adds
 from sterna.live.weights import LiveWeights, Place, Slot, live_weights, refuse_quantized, refuse_tuned, refuse_unpatchable
@@ -31,15 +34,18 @@ _digests = LiveDigests()
 _attaching = threading.Lock()
 
 
-def attach(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, allow_narrower: bool = False) -> Patch:
+def attach(
+    model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, head: str | None = None, allow_narrower: bool = False
+) -> Patch:
     """Put an expert (or its file) onto a live model, in place: same modules, same state_dict keys, no hook; on any device, in any float dtype.
 
-    `allow_narrower` accepts a model loaded in a narrower dtype than the expert's base.
-    Raises WrongBase, WrongModel, Unsupported, AlreadyAttached or InvalidFile, with the model as it was.
+    `head` is the task whose head an expert merged of several is to bring; without it, the only one. `allow_narrower` accepts a model loaded in a
+    narrower dtype than the expert's base.
+    Raises WrongBase, WrongModel, Unsupported, AlreadyAttached, InvalidFile, or InvalidArgument (of `head`), with the model as it was.
     """
     root = unwrap(model)
     refuse_tuned(root)
-    loaded = _loaded(expert)
+    loaded = with_head(_loaded(expert), head)
     with _attaching:
         if root in _patches:
             raise AlreadyAttached("the model carries an expert already; swap it, detach it, or merge the two experts first")
@@ -49,9 +55,11 @@ def attach(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, a
 
 
 @contextlib.contextmanager
-def attached(model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, allow_narrower: bool = False) -> Iterator[Patch]:
+def attached(
+    model: torch.nn.Module, expert: Expert | str | os.PathLike[str], *, head: str | None = None, allow_narrower: bool = False
+) -> Iterator[Patch]:
     """`attach` for the length of a with block, `detach` after it (whatever was swapped in meanwhile)."""
-    patch = attach(model, expert, allow_narrower=allow_narrower)
+    patch = attach(model, expert, head=head, allow_narrower=allow_narrower)
     try:
         yield patch
     finally:
@@ -107,9 +115,9 @@ class Patch:
             self._now()
             yield
 
-    def swap(self, expert: Expert | str | os.PathLike[str], *, allow_narrower: bool = False) -> None:
+    def swap(self, expert: Expert | str | os.PathLike[str], *, head: str | None = None, allow_narrower: bool = False) -> None:
         """Take the expert off and put another on; no reader sees anything between. On any failure the first one stays on."""
-        other = _loaded(expert)
+        other = with_head(_loaded(expert), head)
         with self._lock.writing():
             old = self._now()
             root = self._live_root()
@@ -259,7 +267,7 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
     """Check everything and work out the steps; `under` is the plan that is on the model now, and will be off before."""
     adds = {change.name: change.levels.shape for change in expert.changes if isinstance(change, Add)}
     names = expert.fingerprint.names
-    known = {change.name: coded_shapes(change)[0] for change in expert.changes if isinstance(change, Add | Lossless)}
+    known = {change.name: coded_shapes(change)[0] for change in expert.changes if isinstance(change, Add | Lossless | Palette)}
     live = live_weights(root, names, tuple(known.get(name) for name in names), under.originals if under else {})
     refuse_quantized(root)
     slots = _touched_slots(root, expert, live)
@@ -314,7 +322,7 @@ def _refuse_ties(expert: Expert, slots: Mapping[str, Slot]) -> None:
     """Raise WrongModel where one live tensor would be changed twice, under two names."""
     first: dict[int, str] = {}
     for change in expert.changes:
-        for name in touched(change) if isinstance(change, Add) or needs_base(change) else ():
+        for name in touched(change) if isinstance(change, Add | Palette) or needs_base(change) else ():
             other = first.setdefault(id(slots[name].tensor), name)
             if other != name:
                 raise WrongModel(f"the model ties {other} and {name}, which the expert's base holds apart: load it with tie_word_embeddings=False")
@@ -332,7 +340,7 @@ def _shape_wanted(change: Change, name: str, slot: Slot) -> tuple[int, ...] | No
     """The shape that the live tensor must have; None where any will do."""
     shape = tuple(slot.tensor.shape)
     match change:
-        case Add():
+        case Add() | Palette():
             return change.levels.shape
         case Folded():
             return folded_shape(change, shape)
@@ -373,8 +381,10 @@ def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict
     return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 
-def _steps_of(change: Factors | Multiply | Folded | Set, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
+def _steps_of(change: Factors | Multiply | Folded | Set | Palette, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
     slot = slots[change.name]
+    if isinstance(change, Palette):
+        return [add_palette(slot.tensor, change)]
     if isinstance(change, Set):
         sharing = [other for other in live.all.values() if other.tensor is slot.tensor]
         alone = change.role == "untied" and len(sharing) > 1

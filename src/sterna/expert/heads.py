@@ -1,0 +1,48 @@
+"""The heads of an expert that was merged: each parent's goes along under its task's name, and one of them is chosen where the expert is used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sterna.errors import InvalidArgument
+from sterna.expert.changes import Change, Set
+from sterna.expert.expert import Expert
+
+
+def tasks(expert: Expert) -> tuple[str, ...]:
+    """The tasks whose heads the expert carries by name, sorted; none for an expert that was not merged."""
+    return tuple(sorted(expert.facts.heads))
+
+
+def with_head(expert: Expert, task: str | None = None) -> Expert:
+    """The expert with the head, configuration and class of one of its tasks, as if it were for this task alone.
+
+    Without `task`, of the only one there is; an expert without heads by name is returned as it is.
+    Raises InvalidArgument, with the tasks that there are, for a task that the expert has no head for, or where none is chosen among several.
+    """
+    there = tasks(expert)
+    if task is None and len(there) < 2:
+        if not there:
+            return expert
+        task = there[0]
+    if task not in there:
+        listed = ", ".join(there)
+        if not there:
+            raise InvalidArgument(f"the head of {task!r} is wanted, but the expert has no heads by name: it was not merged, or its parents had none")
+        told = f"the expert has no head for {task!r}" if task is not None else f"the expert has the heads of {len(there)} tasks"
+        raise InvalidArgument(f"{told}; choose one of {listed} (head=..., --head-task ...)")
+    chosen = expert.facts.heads[task]
+    facts = replace(
+        expert.facts,
+        config={**expert.facts.config, **chosen.get("config", {})},
+        architecture=chosen.get("architecture", expert.facts.architecture),
+        prefixes=(expert.facts.prefixes[0], chosen.get("prefix", expert.facts.prefixes[1])),
+        dropped=tuple(chosen.get("dropped", expert.facts.dropped)),
+        heads={},
+    )
+    changes = tuple(_own(change) for change in expert.changes if not isinstance(change, Set) or change.task in ("", task))
+    return replace(expert, facts=facts, changes=changes, file_digest=None, file_bytes=None)
+
+
+def _own(change: Change) -> Change:
+    return replace(change, task="") if isinstance(change, Set) else change
