@@ -27,7 +27,21 @@ from rendering import goals, markdown, result_markdown
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
-NAMES = ("size", "coding", "compress", "attach", "swap", "latency", "training_cost", "threads", "memory", "causal_lm", "bitmasks", "command_line")
+NAMES = (
+    "size",
+    "coding",
+    "lossless",
+    "compress",
+    "attach",
+    "swap",
+    "latency",
+    "training_cost",
+    "threads",
+    "memory",
+    "causal_lm",
+    "bitmasks",
+    "command_line",
+)
 LONG = ("causal_lm_training",)
 """Run where they are named."""
 APART = ("accuracy", "pafi_ternary")

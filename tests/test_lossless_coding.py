@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from sterna.codings import PADDING, lossless
 from sterna.codings.lossless import CHANGES_A_BYTE, ENTRIES_A_BYTE, Words
 from sterna.errors import InvalidFile
 
+FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
 SHAPES = [(0,), (), (1,), (7,), (0, 4), (4, 0), (1, 9), (9, 1), (2, 2), (5, 3), (3, 5), (40, 70), (70, 40), (6, 4, 3), (3, 4, 3, 3)]
 EDGES = {
     np.uint16: [0, 0x8000, 1, 0x8001, 0x7F80, 0xFF80, 0x7FFF, 0xFFFF, 0x7FC0, 0x3F80, 0xBF80, 0x007F, 0x7C00],
@@ -92,6 +95,20 @@ def test_a_matrix_too_wide_is_read_as_one_row(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(lossless_reader, "WIDEST", 16)
     base, tuned = floats((20, 17), 0.5, np.uint16, 1)
     assert slow(stream_of(base, tuned), base) == tuned.ravel().tolist()
+
+
+def test_the_vectors_of_the_specification() -> None:
+    section = FORMAT.read_text(encoding="utf-8").split("## The bits: lossless coding 1")[1].split("## What a reader checks")[0]
+    vectors = re.findall(r"^\| (\d+) x (\d+) \| (BF16|F32) \| (\d+) \| `([0-9a-f ]+)` \|$", section, re.MULTILINE)
+    assert len(vectors) >= 4
+    for rows, cols, dtype, modulus, stream in vectors:
+        i, j = np.indices((int(rows), int(cols)))
+        remainder = (i * j + i) % int(modulus)
+        base = 0x3C00 + (37 * i + 11 * j) % 512 if dtype == "BF16" else 0x3C000000 + (70001 * i + 1234567 * j) % (1 << 25)
+        words: Words = base.astype(np.uint16 if dtype == "BF16" else np.uint32)
+        tuned = (base + np.select([remainder == 1, remainder == 2, remainder == 3], [1, -3, 40 * (j + 1)])).astype(words.dtype)
+        assert stream_of(words, tuned) == bytes.fromhex(stream)
+        assert slow(bytes.fromhex(stream), words) == tuned.ravel().tolist()
 
 
 def test_equal_tensors_take_a_byte_a_band() -> None:
