@@ -28,7 +28,7 @@ from coded import SCALE, expert_of, opened, random_levels, stream_of, ternary_of
 from hostile.craft import ADD, SPECIMENS, Levels, Row, facts, plain, stream
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert import file as file_module
-from sterna.expert.changes import Add, Change, Factors, Folded, Masked, MaskRule, Multiply, Order, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, MaskRule, Masked, Multiply, Order, Set, Ternary
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import MaskFacts
 from sterna.expert.file import CODES, file_pieces, from_bytes
@@ -59,6 +59,9 @@ def plainly(change: Change) -> tuple[Any, ...]:
         case Folded():
             exact = [bytes(exact_bytes(values)) for _, values in change.exact]
             return "folded", change.activation, change.transposed, change.scale, *exact
+        case Lossless():
+            dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[change.dtype]
+            return "lossless", dtype, list(change.shape), change.stream.tobytes(), change.digest
         case Palette():
             return "palette", *coded, change.dense().numpy()
     assert isinstance(change, Set)
