@@ -28,7 +28,7 @@ from coded import SCALE, expert_of, opened, random_levels, stream_of, ternary_of
 from hostile.craft import ADD, SPECIMENS, Levels, Row, facts, plain, stream
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert import file as file_module
-from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, MaskRule, Masked, Multiply, Order, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, Masked, MaskRule, Multiply, Order, Set, Ternary
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import MaskFacts
 from sterna.expert.file import CODES, file_pieces, from_bytes
