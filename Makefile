@@ -23,6 +23,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN)/python -m sterna.demo.assets --all
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(RUN)/python benchmarks/run.py
 
 assets: $(STAMP)

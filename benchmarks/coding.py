@@ -116,7 +116,7 @@ def compressors() -> Iterator[tuple[str, Callable[[bytes], bytes], Callable[[byt
 
 
 def profile(report: harness.Report, title: str, expert: sterna.Expert, general: bool = True) -> dict[str, Layout]:
-    """The table of one expert."""
+    """The table of one expert. What is decoded are positions under our codings, masks under the others."""
     ternaries = list(expert.ternaries)
     entries, count = sum(t.size for t in ternaries), sum(t.count for t in ternaries)
     entropy = entries * ternary_entropy(count / entries) / 8
@@ -179,8 +179,13 @@ def chart(found: dict[str, dict[str, Layout]], entries: dict[str, int]) -> None:
                 for layout, x, y in zip(shown, speeds, sizes, strict=True):
                     axis.annotate(layout.name, (x, y), textcoords="offset points", xytext=(6, 3))
         axis.set(xscale="log", yscale="log", xlabel="decoding, million parameters a second, one thread", ylabel="bits a parameter")
+        axis.margins(x=0.2)
+        axis.set_yticks([0.2, 0.3, 0.5, 0.75, 1, 2])
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.3, which="both", linewidth=0.4)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper left")
         figure.savefig(CHART, metadata={"Date": None})
 
 
