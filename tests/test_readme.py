@@ -37,7 +37,7 @@ def place(tmp_path: Path) -> Path:
 
 def test_commands(place: Path) -> None:
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("sterna ")]
-    assert {line.split()[1] for line in commands} == {"train", "compress", "inspect", "verify", "similarity", "recode", "apply"}
+    assert {line.split()[1] for line in commands} == {"train", "compress", "inspect", "verify", "similarity", "recode", "merge", "apply"}
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     for line in commands:
         done = subprocess.run(line, shell=True, cwd=place, env=environment, capture_output=True, text=True, check=False)

@@ -30,6 +30,7 @@ _WHERE = {
     "compress": "sterna.compression",
     "inspect": "sterna.summary",
     "load": "sterna.expert.file",
+    "merge": "sterna.merging.merge",
     "recode": "sterna.recoding",
     "similarity": "sterna.similarities",
     "tune": "sterna.tuning.tuning",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from sterna.live.patch import attach as attach
     from sterna.live.patch import attached as attached
     from sterna.live.patch import attached_to as attached_to
+    from sterna.merging.merge import merge as merge
     from sterna.recoding import recode as recode
     from sterna.similarities import similarity as similarity
     from sterna.summary import inspect as inspect
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from sterna.verification import verify as verify
 
 __all__ = ["Bitmasks", "Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
-__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "recode", "similarity", "tune", "verify"]
+__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "merge", "recode", "similarity", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from sterna.commands.shared import ExpertFile, Json, changed, print_json, size
 
@@ -44,7 +45,7 @@ def _facts(summary: Summary) -> Table:
     coded = summary.bytes_streams + summary.bytes_table
     coding = f" ({summary.coding})" if summary.coding else ""
     rows = {
-        "method": f"{_METHODS.get(facts.method, facts.method)} of a {_SOURCES[facts.source]}",
+        "method": _merged(facts.merge) if facts.merge else f"{_METHODS.get(facts.method, facts.method)} of a {_SOURCES[facts.source]}",
         "density": f"{facts.density:g}, alpha {facts.alpha:g}, {scale}" if facts.density is not None else "",
         "mask": _mask(summary.mask) if summary.mask else "",
         "tuning": json.dumps(dict(facts.tuning), ensure_ascii=False) if facts.tuning else "",
@@ -57,6 +58,9 @@ def _facts(summary: Summary) -> Table:
         "bits a change": f"{summary.bits_per_change:.3f}" if summary.bits_per_change else "",
         "changed": changed(summary) if facts.method == "lossless" else "",
         "non-zeros": f"{summary.nonzeros:,} of {summary.parameters:,}" if facts.method == "compeft" else "",
+        "recipe": _recipe(facts.merge) if facts.merge else "",
+        **{f"parent {model['task']}": _parent(model) for model in _models(facts.merge)},
+        **{f"head {task}": json.dumps(dict(held), ensure_ascii=False) for task, held in facts.heads.items()},
         "config": json.dumps(dict(facts.config), ensure_ascii=False) if facts.config else "",
         "added tokens": ", ".join(str(token.get("content")) for token in facts.tokens),
         "excluded": ", ".join(facts.excluded),
@@ -84,6 +88,26 @@ def _mask(mask: MaskSummary) -> str:
     asked = f"density {mask.density:g}, " if mask.density is not None else ""
     seed = f" of seed {mask.seed}" if mask.order == "random" else ""
     return f"{mask.order}{seed}, {asked}{mask.count:,} entries of {mask.tensors} tensors, values {mask.values}"
+
+
+def _models(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The recipe's parents that have a task; a file may say anything."""
+    models = recipe.get("models", ())
+    return [model for model in models if isinstance(model, dict) and "task" in model] if isinstance(models, list) else []
+
+
+def _merged(recipe: Mapping[str, Any]) -> str:
+    return f"merged by {recipe.get('merge_method')} of {len(_models(recipe))} experts"
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    return json.dumps({key: recipe[key] for key in ("semantics", "seed", "parameters") if key in recipe}, ensure_ascii=False)
+
+
+def _parent(model: Mapping[str, Any]) -> str:
+    inner = model.get("recipe")
+    made = f", made by {inner.get('merge_method')} of {', '.join(str(each['task']) for each in _models(inner))}" if isinstance(inner, dict) else ""
+    return f"{model.get('model')}: {json.dumps(model.get('parameters'), ensure_ascii=False)}, content digest {model.get('content_digest')}{made}"
 
 
 def printable(text: str) -> str:

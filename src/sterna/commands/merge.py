@@ -1,0 +1,99 @@
+"""sterna merge: several experts for one base become one."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sterna.commands.fields import parse_metadata
+from sterna.commands.shared import Json, print_json, progress_bar, size, warn
+from sterna.errors import InvalidArgument
+
+RECIPES = (".yaml", ".yml")
+
+
+class SemanticsName(StrEnum):
+    PAPER = "paper"
+    PEFT = "peft"
+    MERGEKIT = "mergekit"
+
+
+def merge(
+    sources: Annotated[
+        list[Path] | None, typer.Argument(metavar="RECIPE.yaml | EXPERT ...", help="A recipe, or the experts to merge.", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="EXPERT", help="The expert file to write.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="How: ties, linear, task_arithmetic, dare_ties, ... (docs/merging.md).")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="W,W,...", help="A weight for each expert; 1 each by default.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of each expert's entries that the method keeps.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Share of outliers that breadcrumbs drops.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="TASK,TASK,...", help="Names of the experts' tasks; else what they say, or their files.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="Another parameter of the method, as lambda=0.3.")
+    ] = None,
+    semantics: Annotated[SemanticsName | None, typer.Option(help="Whose choices are followed where public tools differ; paper by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is dropped at random.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="EXPERT", help="Make this merged expert again; parents are looked for beside it and in the files and folders given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge experts for one base, by a method or a recipe; heads are carried along by their tasks' names."""
+    from sterna.merging.merge import merge as run
+    from sterna.merging.replay import replay as again
+
+    paths = list(sources or [])
+    options: dict[str, Any] = {"weights": weights, "density": density, "gamma": gamma, "tasks": tasks, "semantics": semantics, "seed": seed}
+    given = [f"--{name}" for name, value in {"method": method, "parameter": parameter, **options}.items() if value is not None]
+    recipes = [path for path in paths if path.suffix in RECIPES]
+    if output is None:
+        raise InvalidArgument("--output is missing; expected the expert file to write (-o EXPERT)")
+    if (replay is not None or recipes) and given:
+        raise InvalidArgument(f"{', '.join(given)} cannot be given beside {'--replay' if replay else 'a recipe'}, which says everything")
+    with progress_bar() as progress:
+        if replay is not None:
+            expert = again(replay, paths, warn=warn, progress=progress)
+        elif recipes:
+            if len(paths) > 1:
+                raise InvalidArgument(f"{len(paths)} arguments beside a recipe; expected the recipe alone")
+            expert = run(paths[0], warn=warn, progress=progress)
+        elif not paths:
+            raise InvalidArgument("experts are missing; expected a recipe, two or more expert files, or --replay EXPERT")
+        else:
+            options["weights"] = _numbers(weights) if weights is not None else None
+            options["tasks"] = tasks.split(",") if tasks is not None else None
+            options["semantics"] = semantics.value if semantics is not None else None
+            expert = run(paths, method, **options, parameters=parse_metadata(parameter or [], "--parameter"), warn=warn, progress=progress)
+    expert.save(output)
+    _report(output, as_json)
+
+
+def _report(output: Path, as_json: bool) -> None:
+    from sterna.expert.file import load
+    from sterna.summary import inspect
+
+    summary = inspect(load(output))
+    if as_json:
+        print_json({"file": str(output), **summary.to_dict()})
+        return
+    how = summary.facts.merge["merge_method"]
+    names = ", ".join(str(model["task"]) for model in summary.facts.merge["models"])
+    heads = f"; heads of {', '.join(summary.facts.heads)}" if summary.facts.heads else ""
+    share = summary.nonzeros / max(summary.parameters, 1)
+    print(
+        f"{output}: {size(summary.bytes)}; {how} of {names}; {summary.nonzeros:,} of {summary.parameters:,} entries ({share:.3f}), "
+        f"{summary.bits_per_parameter:.2f} bits a parameter{heads}; content digest {summary.content_digest}"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidArgument(f"--weights is {text!r}; expected numbers with commas between them, as 1,1,0.5") from None

@@ -1,0 +1,280 @@
+"""Experts for one base merged into one: a recipe's parents held against each other, their tensors merged, their heads carried along."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sterna import __version__
+from sterna.errors import InvalidArgument, SternaError
+from sterna.expert.changes import Add, Change, Set
+from sterna.expert.expert import Expert, exact_bytes
+from sterna.expert.facts import Facts
+from sterna.expert.palette import Palette
+from sterna.merging.emitting import How, Task, merged
+from sterna.merging.parents import Leveled, Part, dropped, part_of, threshold, trimmed
+from sterna.merging.recipe import Model, Recipe, of_arguments, parse, read_recipe
+from sterna.merging.registry import Semantics
+from sterna.merging.schedule import layers_of
+from sterna.progress import Progress, silent
+from sterna.training.errors import Faults
+
+Parent = Expert | str | os.PathLike[str]
+
+
+def merge(
+    experts: Sequence[Parent] | str | os.PathLike[str] | Mapping[str, Any],
+    method: str | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    gamma: float | None = None,
+    tasks: Sequence[str] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    semantics: Semantics | None = None,
+    seed: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+    progress: Progress = silent,
+) -> Expert:
+    """Merge experts for one base (experts or their files) by a method's name, or by a recipe: a YAML file, or what one would hold.
+
+    merge([a, b, c], "ties", weights=[1, 1, .5], density=.2)
+    merge("recipe.yaml")
+
+    `weights` (1 each), `density` and `gamma` are as the method documents them (docs/merging.md), `parameters` its others; `tasks` name the parents:
+    else the task of their metadata, else their file's name. `semantics` is whose choices are followed: the "paper"'s, "peft"'s or "mergekit"'s.
+    The result records the recipe and the parents' digests; their heads are carried under their tasks' names, not merged.
+
+    Raises InvalidConfig, with every fault of the recipe and its parents at once (different bases, one task twice, a parent twice, changes that cannot
+    be merged); NotFound, InvalidFile, InvalidArgument, CannotWrite.
+    """
+    faults = Faults()
+    rest = {"semantics": semantics, "seed": seed, "metadata": metadata, "parameters": dict(parameters or {})}
+    if isinstance(experts, str | os.PathLike | Mapping):
+        beside = {**rest, "method": method, "weights": weights, "density": density, "gamma": gamma, "tasks": tasks}
+        said = [name for name, value in beside.items() if value]
+        if said:
+            raise InvalidArgument(f"{', '.join(said)} cannot be given beside a recipe; write it into the recipe")
+        recipe = parse(experts, Path(), faults) if isinstance(experts, Mapping) else read_recipe(experts, faults)
+    else:
+        if method is None:
+            raise InvalidArgument("method is missing; expected the name of a merge method, or a recipe instead of experts")
+        recipe = parse(of_arguments(experts, method, weights, density, gamma, tasks, rest), Path(), faults)
+    faults.stop()
+    assert recipe is not None
+    return run(recipe, warn, progress)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A parent that is open: its model in the recipe, the expert, its task, and its changes that are merged, by name."""
+
+    model: Model
+    expert: Expert
+    task: str
+    changes: Mapping[str, Leveled]
+
+
+def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, progress: Progress = silent) -> Expert:
+    """Carry out a recipe. Raises as `merge` does."""
+    faults = Faults()
+    parents = [opened for model in recipe.models if (opened := _opened(model, faults, warn, progress)) is not None]
+    _compare(recipe, parents, faults)
+    faults.stop()
+    exact = _exact(parents, faults)
+    heads = _heads(parents, faults)
+    faults.stop()
+    how = How(recipe.method, recipe.options, recipe.semantics, recipe.method.drop == "random" and recipe.semantics == "mergekit")
+    total = sum(change.levels.size for change in {name: change for parent in parents for name, change in parent.changes.items()}.values())
+    made = merged(_tasks(recipe, parents, warn), total, how, progress)
+    changes = sorted([*made, *exact], key=lambda change: (change.name, isinstance(change, Set), change.task if isinstance(change, Set) else ""))
+    return Expert(_facts(recipe, parents, heads, total), parents[0].expert.fingerprint, tuple(changes))
+
+
+def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress: Progress) -> Opened | None:
+    from sterna.expert.file import load
+
+    try:
+        if isinstance(model.source, Recipe):
+            expert = run(model.source, warn, progress)
+        else:
+            expert = model.source if isinstance(model.source, Expert) else load(model.source)
+    except SternaError as error:
+        faults.add(model.place, str(error))
+        return None
+    if model.content_digest is not None and expert.content_digest != model.content_digest:
+        told = f"{model.name} has the content digest {expert.content_digest[:12]}; expected {model.content_digest[:12]}, as the recipe says"
+        faults.add(model.place, f"{told}: another expert")
+    held = expert.facts.metadata.get("task")
+    task = model.task or (held if isinstance(held, str) and held else None) or Path(model.name).stem
+    other = [change for change in expert.changes if not isinstance(change, Add | Palette | Set)]
+    tuned = [change for change in expert.changes if isinstance(change, Set) and change.role in ("tuned", "rows")]
+    if other or tuned:
+        kind = type((other or tuned)[0]).__name__.lower() if other else f"set ({tuned[0].role})"
+        told = f"{task} changes {(other or tuned)[0].name} by {kind}, which cannot be merged yet"
+        faults.add(model.place, f"{told}; expected a full fine-tune's expert")
+    return Opened(model, expert, task, {change.name: change for change in expert.changes if isinstance(change, Add | Palette)})
+
+
+def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
+    """Tell of everything that keeps the parents from being merged."""
+    if not parents:
+        return
+    first = parents[0]
+    base = first.expert.facts.base
+    if recipe.base is not None and recipe.base not in (base.name, base.name.rpartition("/")[2]):
+        faults.add("base_model", f"{recipe.base!r} is not the parents' base, {base.name}")
+    for parent in parents[1:]:
+        other = parent.expert.facts.base
+        if other.fingerprint != base.fingerprint:
+            what = f"{parent.task} is for the base {other.name}, fingerprint {other.fingerprint[:12]}, and {first.task} for {base.name}"
+            faults.add(parent.model.place, f"{what}, {base.fingerprint[:12]}; only experts for the same base can be merged")
+    for task, count in Counter(task for parent in parents for task in _task_names(parent)).items():
+        if count > 1:
+            faults.add("models", f"{count} parents are named {task}; name them apart (task: ..., tasks=...)")
+    digests = Counter(parent.expert.content_digest for parent in parents)
+    for digest, count in digests.items():
+        if count > 1:
+            names = ", ".join(parent.task for parent in parents if parent.expert.content_digest == digest)
+            faults.add("models", f"{names} have the same content: a parent is given {count} times; weights say how much one counts")
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for parent in parents:
+        for name, change in parent.changes.items():
+            shape, task = shapes.setdefault(name, (change.levels.shape, parent.task))
+            if shape != change.levels.shape:
+                faults.add(parent.model.place, f"{name} has shape {change.levels.shape} in {parent.task}, {shape} in {task}")
+
+
+def _task_names(parent: Opened) -> tuple[str, ...]:
+    return tuple(parent.expert.facts.heads) or (parent.task,)
+
+
+def _tasks(recipe: Recipe, parents: Sequence[Opened], warn: Callable[[str], None]) -> Iterator[Task]:
+    """Every tensor that a parent changes, with what stays of each parent's non-zeros."""
+    drop, paper = recipe.method.drop, recipe.semantics == "paper"
+    least = [0.0] * len(parents)
+    if drop == "magnitude" and paper:
+        for number, parent in enumerate(parents):
+            density = parent.model.density.constant or 1.0
+            least[number] = threshold(list(parent.changes.values()), density)
+            if least[number] and _all_tie(parent.changes.values()):
+                warn(f"{parent.task} keeps all of its non-zeros at density {density:g}: they tie, and the threshold of the paper keeps ties")
+    layers = layers_of(parents[0].expert.fingerprint.names)
+    for name in sorted({name for parent in parents for name in parent.changes}):
+        parts: list[Part | None] = []
+        for number, parent in enumerate(parents):
+            change = parent.changes.get(name)
+            if change is None:
+                parts.append(None)
+                continue
+            part, density = part_of(change), parent.model.density.at(name, layers)
+            if drop == "random":
+                part = dropped(part, density, recipe.seed, parent.task, name, rescale=recipe.semantics != "mergekit")
+            elif drop is not None:
+                part = trimmed(part, change, drop, recipe.semantics, density, parent.model.gamma.at(name, layers), least[number])
+            parts.append(part)
+        shape = next(parent.changes[name].levels.shape for parent in parents if name in parent.changes)
+        yield Task(name, shape, parts, np.array([parent.model.weight.at(name, layers) for parent in parents]))
+
+
+def _all_tie(changes: Any) -> bool:
+    return len({change.levels.scale for change in changes if change.levels.count}) == 1 and all(isinstance(change, Add) for change in changes)
+
+
+def _exact(parents: Sequence[Opened], faults: Faults) -> list[Change]:
+    """The heads, each with its task, and other exact tensors, which must be the same in all parents."""
+    kept: list[Change] = []
+    others: dict[str, list[Set]] = {}
+    for parent in parents:
+        for change in parent.expert.changes:
+            if isinstance(change, Set) and change.role == "head":
+                kept.append(Set(change.name, change.value, "head", change.first_row, change.scales, change.task or parent.task))
+            elif isinstance(change, Set):
+                others.setdefault(change.name, []).append(change)
+    for name, held in others.items():
+        if len(held) < len(parents) or any(_different(held[0], change) for change in held):
+            faults.add("models", f"{name} is kept exact ({held[0].role}) and is not the same in all parents: it cannot be merged")
+        kept.append(held[0])
+    return kept
+
+
+def _different(first: Set, second: Set) -> bool:
+    ours, theirs = first.value, second.value
+    return first.role != second.role or ours.dtype != theirs.dtype or ours.shape != theirs.shape or exact_bytes(ours) != exact_bytes(theirs)
+
+
+def _heads(parents: Sequence[Opened], faults: Faults) -> dict[str, dict[str, Any]]:
+    """What goes with each task's head: what its parent says of its model and not all parents say alike."""
+    shared = _shared_config(parents)
+    heads: dict[str, dict[str, Any]] = {}
+    for parent in parents:
+        facts = parent.expert.facts
+        if facts.heads:
+            heads |= {task: dict(held) for task, held in facts.heads.items()}
+            continue
+        if not any(isinstance(change, Set) and change.role == "head" for change in parent.expert.changes):
+            continue
+        held: dict[str, Any] = {"config": {name: value for name, value in facts.config.items() if name not in shared}}
+        held |= {"architecture": facts.architecture, "prefix": facts.prefixes[1], "dropped": list(facts.dropped)}
+        heads[parent.task] = {name: value for name, value in held.items() if value}
+    if len({tuple(map(str, parent.expert.facts.tokens)) for parent in parents}) > 1:
+        faults.add("models", "the parents added different tokens; only experts with the same tokens can be merged")
+    return heads
+
+
+def _shared_config(parents: Sequence[Opened]) -> dict[str, Any]:
+    first, *others = (parent.expert.facts.config for parent in parents)
+    return {name: value for name, value in first.items() if all(name in config and config[name] == value for config in others)}
+
+
+def _facts(recipe: Recipe, parents: Sequence[Opened], heads: Mapping[str, Any], total: int) -> Facts:
+    facts = [parent.expert.facts for parent in parents]
+    first = facts[0]
+
+    def same(key: str, otherwise: Any) -> Any:
+        values = [getattr(each, key) for each in facts]
+        return values[0] if all(value == values[0] for value in values) else otherwise
+
+    return Facts(
+        method="merge",
+        source="full",
+        density=None,
+        alpha=None,
+        scope="tensor",
+        scale=0.0,
+        base=first.base,
+        writer=f"sterna {__version__}",
+        parameters=total,
+        architecture=same("architecture", None),
+        prefixes=same("prefixes", (first.prefixes[0], "")),
+        dropped=tuple(name for name in first.dropped if all(name in each.dropped for each in facts)),
+        excluded=tuple(name for name in first.excluded if all(name in each.excluded for each in facts)),
+        config=_shared_config(parents),
+        tokens=first.tokens,
+        merge=_record(recipe, parents),
+        heads=heads,
+        metadata=dict(recipe.metadata),
+    )
+
+
+def _record(recipe: Recipe, parents: Sequence[Opened]) -> dict[str, Any]:
+    """The recipe with everything that follows from it, from which the same expert can be made again."""
+    models = []
+    for parent in parents:
+        model = parent.model
+        used = {"weight": model.weight.plain(), **{name: getattr(model, name).plain() for name in recipe.drops}}
+        told: dict[str, Any] = {"model": model.name, "task": parent.task, "content_digest": parent.expert.content_digest, "parameters": used}
+        if isinstance(model.source, Recipe):
+            told["recipe"] = dict(parent.expert.facts.merge)
+        else:
+            told["digest"] = parent.expert.digest
+        models.append(told)
+    record: dict[str, Any] = {"merge_method": recipe.method.name, "semantics": recipe.semantics, "models": models, "parameters": dict(recipe.options)}
+    return record | ({"seed": recipe.seed} if recipe.method.drop == "random" else {}) | ({"base_model": recipe.base} if recipe.base else {})

@@ -1,0 +1,22 @@
+"""Sums over parents that do not depend on the parents' order, and signs of sums with a stated tie."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sterna.merging.registry import F64
+
+TIE = 2.0**-40
+"""A sum of no more than this share of its terms' magnitudes is a tie: what rounding leaves of +a +b -(a + b)."""
+
+
+def total(values: F64) -> F64:
+    """Sums over axis 0 in the order of the values, so that the parents' order does not matter to the bit."""
+    summed: F64 = np.sort(values, axis=0).sum(0)
+    return summed
+
+
+def sign(values: F64) -> F64:
+    """-1, 0 (a tie) or 1: signs of the sums over axis 0."""
+    summed, whole = total(values), total(np.abs(values))
+    return np.where(np.abs(summed) <= TIE * whole, 0.0, np.sign(summed))
