@@ -146,6 +146,13 @@ def test_a_small_expert_attaches_and_comes_off() -> None:
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
 
 
+def test_bit_masks_and_similarity_read_small_experts() -> None:
+    fast = sterna.compress(*models(), density=0.3)
+    small = from_bytes(b"".join(file_pieces(sterna.recode(fast, "small"))))
+    assert torch.equal(fast.bitmasks().words, small.bitmasks().words)
+    assert fast.bitmasks().cosine(small.bitmasks()) == pytest.approx(1)
+
+
 def test_an_unknown_coding_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"no coding named 'tiny'; known: .*small"):
         sterna.recode(sterna.compress(*models()), "tiny")

@@ -22,6 +22,7 @@ from sterna.expert.facts import BaseFacts
 from sterna.expert.palette import Palette
 from sterna.numbers import bits, torch_bits
 from sterna.numbers.bits import F64, I64, WORD
+from sterna.recoding import blockwise
 
 if TYPE_CHECKING:
     from sterna.expert.expert import Expert
@@ -211,7 +212,7 @@ def _packed(ternaries: Sequence[Ternary]) -> torch.Tensor:
     words = np.zeros((2, starts[-1]), np.uint64)
     for _, group in groupby(zip(ternaries, starts, strict=False), key=lambda one: (id(one[0].data), one[0].coding.number)):
         members, firsts = zip(*group, strict=True)
-        joined = Joined.of(members)
+        joined = Joined.of(blockwise(members))
         places = WORD * np.array(firsts, np.int64)[joined.tensor] + joined.blocks.start
         codes = np.empty(joined.room, np.uint32)
         for batch in range(len(joined.batches) - 1):
