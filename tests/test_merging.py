@@ -321,6 +321,25 @@ def test_parents_that_change_other_tensors() -> None:
         assert np.allclose(merged["b"], factor * vector(two)["b"])
 
 
+def test_a_result_is_made_ternary_again() -> None:
+    experts = parents("global")
+    merged = merge(experts, "task_arithmetic", recompress={"density": 0.1, "alpha": 3.0})
+    assert all(isinstance(change, Add) for change in merged.changes)
+    values = vector(merge(experts, "task_arithmetic"))
+    names = sorted(values)
+    flat = np.concatenate([values[name].reshape(-1) for name in names])
+    kept = np.argsort(-np.abs(flat), kind="stable")[: int(0.1 * flat.size)]
+    wanted = np.zeros(flat.size)
+    wanted[kept] = np.sign(flat[kept]) * 3.0 * flat.std(ddof=1)
+    assert np.allclose(np.concatenate([vector(merged)[name].reshape(-1) for name in names]), wanted, rtol=1e-6)
+    assert merged.facts.merge["recompress"] == {"density": 0.1, "alpha": 3.0}
+    assert merged.bitmasks().nonzeros() == kept.size
+    with pytest.raises(InvalidConfig, match="recompress: density is 2"):
+        merge(experts, "ties", recompress={"density": 2})
+    with pytest.raises(InvalidConfig, match=r"recompress\.densty: there is no such field"):
+        merge(experts, "ties", recompress={"densty": 0.2})
+
+
 def test_the_result_is_a_small_file_that_reads_back(tmp_path: Path) -> None:
     experts = parents("global")
     merged = merge(experts, "ties", weights=[1, 1, 0.5])
@@ -613,6 +632,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     assert run("merge", "--replay", out, "-o", again).exit_code == 0
     assert again.read_bytes() == out.read_bytes()
+    assert run("merge", *paths, "--method", "ties", "--recompress", "0.1,3", "-o", again).exit_code == 0
+    assert sterna.load(again).facts.merge["recompress"] == {"density": 0.1, "alpha": 3.0}
     (tmp_path / "r.yaml").write_text("merge_method: linear\nmodels: [e0.safetensors, e1.safetensors]\n")
     assert run("merge", tmp_path / "r.yaml", "-o", again, "--json").exit_code == 0
     there = sorted(tmp_path.iterdir())

@@ -101,7 +101,7 @@ def _merged(recipe: Mapping[str, Any]) -> str:
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    return json.dumps({key: recipe[key] for key in ("semantics", "seed", "parameters") if key in recipe}, ensure_ascii=False)
+    return json.dumps({key: recipe[key] for key in ("semantics", "seed", "parameters", "recompress") if key in recipe}, ensure_ascii=False)
 
 
 def _parent(model: Mapping[str, Any]) -> str:

@@ -38,6 +38,9 @@ def merge(
     ] = None,
     semantics: Annotated[SemanticsName | None, typer.Option(help="Whose choices are followed where public tools differ; paper by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is dropped at random.")] = None,
+    recompress: Annotated[
+        str | None, typer.Option(metavar="DENSITY[,ALPHA]", help="Make the result ternary again by ComPEFT; alpha is 4 where it is not given.")
+    ] = None,
     replay: Annotated[
         Path | None,
         typer.Option(metavar="EXPERT", help="Make this merged expert again; parents are looked for beside it and in the files and folders given."),
@@ -49,7 +52,15 @@ def merge(
     from sterna.merging.replay import replay as again
 
     paths = list(sources or [])
-    options: dict[str, Any] = {"weights": weights, "density": density, "gamma": gamma, "tasks": tasks, "semantics": semantics, "seed": seed}
+    options: dict[str, Any] = {
+        "weights": weights,
+        "density": density,
+        "gamma": gamma,
+        "tasks": tasks,
+        "semantics": semantics,
+        "seed": seed,
+        "recompress": recompress,
+    }
     given = [f"--{name}" for name, value in {"method": method, "parameter": parameter, **options}.items() if value is not None]
     recipes = [path for path in paths if path.suffix in RECIPES]
     if output is None:
@@ -66,9 +77,10 @@ def merge(
         elif not paths:
             raise InvalidArgument("experts are missing; expected a recipe, two or more expert files, or --replay EXPERT")
         else:
-            options["weights"] = _numbers(weights) if weights is not None else None
+            options["weights"] = _numbers(weights, "--weights") if weights is not None else None
             options["tasks"] = tasks.split(",") if tasks is not None else None
             options["semantics"] = semantics.value if semantics is not None else None
+            options["recompress"] = dict(zip(("density", "alpha"), _numbers(recompress, "--recompress"), strict=False)) if recompress else False
             expert = run(paths, method, **options, parameters=parse_metadata(parameter or [], "--parameter"), warn=warn, progress=progress)
     expert.save(output)
     _report(output, as_json)
@@ -92,8 +104,8 @@ def _report(output: Path, as_json: bool) -> None:
     )
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise InvalidArgument(f"--weights is {text!r}; expected numbers with commas between them, as 1,1,0.5") from None
+        raise InvalidArgument(f"{option} is {text!r}; expected numbers with commas between them, as 1,1,0.5") from None

@@ -20,6 +20,7 @@ from sterna.expert.palette import Palette
 from sterna.merging.emitting import How, Task, merged
 from sterna.merging.parents import Leveled, Part, dropped, part_of, threshold, trimmed
 from sterna.merging.recipe import Model, Recipe, of_arguments, parse, read_recipe
+from sterna.merging.recompress import recompressed
 from sterna.merging.registry import Semantics
 from sterna.merging.schedule import layers_of
 from sterna.progress import Progress, silent
@@ -39,6 +40,7 @@ def merge(
     parameters: Mapping[str, Any] | None = None,
     semantics: Semantics | None = None,
     seed: int | None = None,
+    recompress: bool | Mapping[str, float] = False,
     metadata: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = silent,
@@ -50,13 +52,14 @@ def merge(
 
     `weights` (1 each), `density` and `gamma` are as the method documents them (docs/merging.md), `parameters` its others; `tasks` name the parents:
     else the task of their metadata, else their file's name. `semantics` is whose choices are followed: the "paper"'s, "peft"'s or "mergekit"'s.
+    `recompress` makes the result ternary again by ComPEFT, with a "density" (.1) and "alpha" (4).
     The result records the recipe and the parents' digests; their heads are carried under their tasks' names, not merged.
 
     Raises InvalidConfig, with every fault of the recipe and its parents at once (different bases, one task twice, a parent twice, changes that cannot
     be merged); NotFound, InvalidFile, InvalidArgument, CannotWrite.
     """
     faults = Faults()
-    rest = {"semantics": semantics, "seed": seed, "metadata": metadata, "parameters": dict(parameters or {})}
+    rest = {"semantics": semantics, "seed": seed, "metadata": metadata, "recompress": recompress or None, "parameters": dict(parameters or {})}
     if isinstance(experts, str | os.PathLike | Mapping):
         beside = {**rest, "method": method, "weights": weights, "density": density, "gamma": gamma, "tasks": tasks}
         said = [name for name, value in beside.items() if value]
@@ -94,6 +97,8 @@ def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, prog
     how = How(recipe.method, recipe.options, recipe.semantics, recipe.method.drop == "random" and recipe.semantics == "mergekit")
     total = sum(change.levels.size for change in {name: change for parent in parents for name, change in parent.changes.items()}.values())
     made = merged(_tasks(recipe, parents, warn), total, how, progress)
+    if recipe.recompress is not None:
+        made = recompressed(made, recipe.recompress["density"], recipe.recompress["alpha"], progress)
     changes = sorted([*made, *exact], key=lambda change: (change.name, isinstance(change, Set), change.task if isinstance(change, Set) else ""))
     return Expert(_facts(recipe, parents, heads, total), parents[0].expert.fingerprint, tuple(changes))
 
@@ -277,4 +282,8 @@ def _record(recipe: Recipe, parents: Sequence[Opened]) -> dict[str, Any]:
             told["digest"] = parent.expert.digest
         models.append(told)
     record: dict[str, Any] = {"merge_method": recipe.method.name, "semantics": recipe.semantics, "models": models, "parameters": dict(recipe.options)}
-    return record | ({"seed": recipe.seed} if recipe.method.drop == "random" else {}) | ({"base_model": recipe.base} if recipe.base else {})
+    if recipe.method.drop == "random":
+        record["seed"] = recipe.seed
+    if recipe.recompress is not None:
+        record["recompress"] = dict(recipe.recompress)
+    return record | ({"base_model": recipe.base} if recipe.base else {})

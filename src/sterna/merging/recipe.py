@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sterna.compeft import check_options
 from sterna.errors import InvalidArgument, SternaError
 from sterna.expert.expert import Expert
 from sterna.expert.table import name_fault
@@ -16,9 +17,11 @@ from sterna.merging.registry import SEMANTICS, MergeMethod, Semantics, by_name
 from sterna.merging.schedule import Setting, numbers_of, setting, setting_fault
 from sterna.training.errors import Faults
 
-FIELDS = ("merge_method", "models", "base_model", "parameters", "semantics", "seed", "metadata")
+FIELDS = ("merge_method", "models", "base_model", "parameters", "semantics", "seed", "recompress", "metadata")
 _MODEL = ("model", "task", "parameters", "digest", "content_digest", "recipe")
 _PER_MODEL = ("weight", "density", "gamma")
+RECOMPRESS = {"density": 0.1, "alpha": 4.0}
+"""What `recompress` makes ternary by, where nothing else is said: as `sterna.compress`."""
 GAMMA = 0.01
 """The share of outliers that breadcrumbs drops where nothing else is said: the paper's, and mergekit's."""
 
@@ -47,6 +50,7 @@ class Recipe:
     options: Mapping[str, Any]
     models: tuple[Model, ...]
     base: str | None
+    recompress: Mapping[str, float] | None
     metadata: Mapping[str, Any]
 
     @property
@@ -96,6 +100,7 @@ def parse(raw: Mapping[str, Any], folder: Path, faults: Faults, place: str = "",
     for key, kind, told in (("base_model", str, "a base's name"), ("metadata", Mapping, "an object")):
         if key in raw and not isinstance(raw[key], kind):
             faults.add(f"{place}{key}", f"{raw[key]!r} is not {told}")
+    recompress = _recompress(raw.get("recompress"), f"{place}recompress", faults)
     shared = raw.get("parameters", {})
     if not isinstance(shared, Mapping):
         faults.add(f"{place}parameters", f"{shared!r} is not an object")
@@ -104,7 +109,24 @@ def parse(raw: Mapping[str, Any], folder: Path, faults: Faults, place: str = "",
     models = _models(raw.get("models"), shared, method, semantics, folder, faults, place, above)
     if len(faults.found) > before or method is None:
         return None
-    return Recipe(method, semantics, seed, options, tuple(models), raw.get("base_model"), raw.get("metadata", {}))
+    return Recipe(method, semantics, seed, options, tuple(models), raw.get("base_model"), recompress, raw.get("metadata", {}))
+
+
+def _recompress(raw: object, place: str, faults: Faults) -> dict[str, float] | None:
+    """Density and alpha, where the result is to be ternary: `true`, or an object with one or both of them."""
+    if raw is None or raw is False:
+        return None
+    if raw is not True and not isinstance(raw, Mapping):
+        faults.add(place, f"{raw!r} is neither true nor an object with density and alpha")
+        return None
+    given = raw if isinstance(raw, Mapping) else {}
+    _refuse_unknown(given, tuple(RECOMPRESS), f"{place}.", faults)
+    values = {**RECOMPRESS, **{key: value for key, value in given.items() if key in RECOMPRESS}}
+    with faults.at(place):
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values.values()):
+            raise InvalidArgument(f"{values} are not both numbers")
+        check_options(values["density"], values["alpha"])
+    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def _refuse_unknown(raw: Mapping[str, Any], fields: Sequence[str], place: str, faults: Faults) -> None:
