@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import dense_merging as dense
 import sterna
 from coded import expert_of, random_levels, ternary_of
 from dense_merging import Vector
-from sterna.errors import InvalidArgument
-from sterna.expert.changes import Add, Change, Set
+from sterna.errors import InvalidArgument, WrongBase
+from sterna.expert.changes import Add, Change, Masked, MaskRule, Set
 from sterna.expert.expert import Expert
+from sterna.expert.facts import BaseFacts, MaskFacts
+from sterna.expert.file import file_pieces, from_bytes
 from sterna.expert.heads import with_head
 from sterna.expert.palette import Palette
+from sterna.fingerprint import fingerprint
 from sterna.merging import emitting, registry
 from sterna.merging.merge import merge
 from sterna.merging.replay import replay
@@ -351,6 +355,104 @@ def test_the_result_is_a_small_file_that_reads_back(tmp_path: Path) -> None:
     assert sterna.recode(read, "small").content_digest == merged.content_digest
     with pytest.raises(InvalidArgument, match="several magnitudes"):
         read.bitmasks()
+
+
+# New values: PaFi and HiWi's biases
+
+
+BASE = {"a.weight": (6, 10), "b.bias": (9,), "c.weight": (8, 5)}
+
+
+def tuned_parents(values: str, count: int = 3) -> tuple[dict[str, torch.Tensor], list[Expert], list[Vector]]:
+    """A base, experts with a mask over two of its tensors and a bias tuned as a whole, and their differences by slot, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in BASE.items()}
+    rule = MaskRule("smallest", 31, ("a.weight", "c.weight"))
+    mark = fingerprint(base)
+    flat = torch.cat([base[name].reshape(-1) for name in rule.names])
+    entries = torch.from_numpy(np.sort(np.argsort(flat.abs().numpy(), kind="stable")[:31]))
+    experts, vectors = [], []
+    for number in range(count):
+        bias = base["b.bias"] + 0.1 * torch.randn(9, generator=generator)
+        changes: list[Change]
+        if values == "ternary":
+            levels = random_levels((31,), 0.6, seed=number)
+            changes = [Masked(rule, ternary_of(levels, 0.25))]
+            vectors.append({"a.weight": 0.25 * levels})
+            told: dict[str, Any] = {"method": "compeft", "density": 0.5, "alpha": 1.0, "scale": 0.25}
+        else:
+            new = torch.randn(31, generator=generator)
+            changes = [Masked(rule, new), Set("b.bias", bias, "tuned")]
+            vectors.append({"a.weight": (new.double() - flat[entries].double()).numpy(), "b.bias": (bias.double() - base["b.bias"].double()).numpy()})
+            told = {"method": "exact", "density": None, "alpha": None, "scale": 0.0}
+        facts = {"source": "pafi", "mask": MaskFacts("smallest"), "base": BaseFacts("base", mark.hex, 109), "metadata": {"task": f"task{number}"}}
+        experts.append(replace(expert_of(changes, tuple(BASE), **told, **facts), fingerprint=mark))
+    return base, experts, vectors
+
+
+def slots(expert: Expert, base: dict[str, torch.Tensor]) -> Vector:
+    """The differences by slot of an expert of new values."""
+    rows = {}
+    for change in expert.changes:
+        if isinstance(change, Masked):
+            dense_vectors = expert.task_vector(base)
+            flat = torch.cat([base[name].reshape(-1) for name in change.rule.names])
+            entries = np.sort(np.argsort(flat.abs().numpy(), kind="stable")[: change.rule.count])
+            rows[change.name] = torch.cat([dense_vectors[name].reshape(-1) for name in change.rule.names]).double().numpy()[entries]
+        elif isinstance(change, Set):
+            rows[change.name] = (change.value.double() - base[change.name].double()).numpy()
+    return rows
+
+
+@pytest.mark.parametrize("values", ["exact", "ternary"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_experts_of_one_mask_are_merged_as_vectors(method: str, values: str) -> None:
+    base, experts, vectors = tuned_parents(values)
+    weights = [1.0, 1.0, 1.0] if method == "model_stock" else [1.0, 0.5, 0.25]
+    options: dict[str, Any] = {"density": 0.6} if method in ("ties", "dare_linear", "dare_ties") else {}
+    options |= {"density": 0.5, "gamma": 0.1} if method == "breadcrumbs" and values == "exact" else {}
+    if method.startswith("dare"):
+        masked = [{n: v * dense.drop_mask(0, f"task{i}", n, v.shape, 0.6) / 0.6 for n, v in w.items()} for i, w in enumerate(vectors)]
+        wanted = (dense.task_arithmetic if method == "dare_linear" else dense.ties)(masked, weights)
+    elif method == "breadcrumbs":
+        wanted = dense.breadcrumbs(vectors, weights, 0.5, 0.1) if options else dense.task_arithmetic(vectors, weights)
+    elif method == "ties":
+        wanted = dense.ties(vectors, weights, 0.6)
+    else:
+        wanted = getattr(dense, method)(vectors, weights)
+    merged = merge(experts, method, weights=weights, base=base, **options)
+    got = slots(merged, base)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert np.allclose(got[name], wanted[name], atol=1e-6), name
+    merged = from_bytes(b"".join(bytes(piece) for piece in file_pieces(merged)))
+    assert (merged.facts.source, merged.facts.method) == ("pafi", "merge")
+    if values == "exact":
+        model = torch.nn.Module()
+        for name in BASE:
+            part = torch.nn.Module()
+            part.register_parameter(name.rpartition(".")[2], torch.nn.Parameter(base[name].clone()))
+            model.add_module(name.partition(".")[0], part)
+        with sterna.attached(model, merged):
+            live = model.state_dict()
+            assert torch.allclose(live["b.bias"], base["b.bias"] + torch.from_numpy(wanted["b.bias"]).float(), atol=1e-6)
+        assert all(torch.equal(model.state_dict()[name], base[name]) for name in base)
+
+
+def test_new_values_need_their_base_and_one_mask() -> None:
+    base, experts, _ = tuned_parents("exact")
+    with pytest.raises(InvalidArgument, match="whose differences need the base"):
+        merge(experts, "linear")
+    with pytest.raises(WrongBase):
+        merge(experts, "linear", base={name: tensor + 1 for name, tensor in base.items()})
+    other = replace(experts[1], changes=(Masked(MaskRule("smallest", 30, ("a.weight", "c.weight")), torch.zeros(30)),))
+    with pytest.raises(InvalidConfig, match="masks differ: smallest, 31 and smallest, 30"):
+        merge([experts[0], other], "linear", base=base)
+    levels = replace(experts[1], changes=(Add("c.weight", ternary_of(random_levels((8, 5), 0.5))),))
+    with pytest.raises(InvalidConfig, match=r"c\.weight is changed by levels or as a whole in task1"):
+        merge([experts[0], levels], "linear", base=base)
+    with pytest.raises(InvalidConfig, match="recompress: the parents hold new values"):
+        merge(experts, "linear", base=base, recompress=True)
 
 
 # On live models

@@ -41,6 +41,9 @@ def merge(
     recompress: Annotated[
         str | None, typer.Option(metavar="DENSITY[,ALPHA]", help="Make the result ternary again by ComPEFT; alpha is 4 where it is not given.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="The base, for experts of PaFi and HiWi, which hold new values.", show_default=False)
+    ] = None,
     replay: Annotated[
         Path | None,
         typer.Option(metavar="EXPERT", help="Make this merged expert again; parents are looked for beside it and in the files and folders given."),
@@ -69,11 +72,11 @@ def merge(
         raise InvalidArgument(f"{', '.join(given)} cannot be given beside {'--replay' if replay else 'a recipe'}, which says everything")
     with progress_bar() as progress:
         if replay is not None:
-            expert = again(replay, paths, warn=warn, progress=progress)
+            expert = again(replay, paths, base=base, warn=warn, progress=progress)
         elif recipes:
             if len(paths) > 1:
                 raise InvalidArgument(f"{len(paths)} arguments beside a recipe; expected the recipe alone")
-            expert = run(paths[0], warn=warn, progress=progress)
+            expert = run(paths[0], base=base, warn=warn, progress=progress)
         elif not paths:
             raise InvalidArgument("experts are missing; expected a recipe, two or more expert files, or --replay EXPERT")
         else:
@@ -81,7 +84,7 @@ def merge(
             options["tasks"] = tasks.split(",") if tasks is not None else None
             options["semantics"] = semantics.value if semantics is not None else None
             options["recompress"] = dict(zip(("density", "alpha"), _numbers(recompress, "--recompress"), strict=False)) if recompress else False
-            expert = run(paths, method, **options, parameters=parse_metadata(parameter or [], "--parameter"), warn=warn, progress=progress)
+            expert = run(paths, method, **options, parameters=parse_metadata(parameter or [], "--parameter"), base=base, warn=warn, progress=progress)
     expert.save(output)
     _report(output, as_json)
 

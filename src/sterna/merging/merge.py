@@ -13,17 +13,19 @@ import numpy as np
 
 from sterna import __version__
 from sterna.errors import InvalidArgument, SternaError
-from sterna.expert.changes import Add, Change, Set
+from sterna.expert.changes import Add, Change, Masked, Set, touched
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import Facts
 from sterna.expert.palette import Palette
 from sterna.merging.emitting import How, Task, merged
+from sterna.merging.exact import Shares, Slot, merge_slots, require_base_given, slot_fault, slots_of
 from sterna.merging.parents import Leveled, Part, dropped, part_of, threshold, trimmed
 from sterna.merging.recipe import Model, Recipe, of_arguments, parse, read_recipe
 from sterna.merging.recompress import recompressed
 from sterna.merging.registry import Semantics
 from sterna.merging.schedule import layers_of
 from sterna.progress import Progress, silent
+from sterna.sources.checkpoint import Source
 from sterna.training.errors import Faults
 
 Parent = Expert | str | os.PathLike[str]
@@ -41,6 +43,7 @@ def merge(
     semantics: Semantics | None = None,
     seed: int | None = None,
     recompress: bool | Mapping[str, float] = False,
+    base: Source | None = None,
     metadata: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = silent,
@@ -52,6 +55,7 @@ def merge(
 
     `weights` (1 each), `density` and `gamma` are as the method documents them (docs/merging.md), `parameters` its others; `tasks` name the parents:
     else the task of their metadata, else their file's name. `semantics` is whose choices are followed: the "paper"'s, "peft"'s or "mergekit"'s.
+    `base` is needed for experts that hold new values, of PaFi and HiWi: merged are their differences to it.
     `recompress` makes the result ternary again by ComPEFT, with a "density" (.1) and "alpha" (4).
     The result records the recipe and the parents' digests; their heads are carried under their tasks' names, not merged.
 
@@ -72,7 +76,7 @@ def merge(
         recipe = parse(of_arguments(experts, method, weights, density, gamma, tasks, rest), Path(), faults)
     faults.stop()
     assert recipe is not None
-    return run(recipe, warn, progress)
+    return run(recipe, warn, progress, base)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,12 +87,13 @@ class Opened:
     expert: Expert
     task: str
     changes: Mapping[str, Leveled]
+    slots: Mapping[str, Slot]
 
 
-def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, progress: Progress = silent) -> Expert:
+def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, progress: Progress = silent, base: Source | None = None) -> Expert:
     """Carry out a recipe. Raises as `merge` does."""
     faults = Faults()
-    parents = [opened for model in recipe.models if (opened := _opened(model, faults, warn, progress)) is not None]
+    parents = [opened for model in recipe.models if (opened := _opened(model, faults, warn, progress, base)) is not None]
     _compare(recipe, parents, faults)
     faults.stop()
     exact = _exact(parents, faults)
@@ -97,18 +102,22 @@ def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, prog
     how = How(recipe.method, recipe.options, recipe.semantics, recipe.method.drop == "random" and recipe.semantics == "mergekit")
     total = sum(change.levels.size for change in {name: change for parent in parents for name, change in parent.changes.items()}.values())
     made = merged(_tasks(recipe, parents, warn), total, how, progress)
+    slots = _merged_slots(recipe, parents, how, base, progress)
+    total += sum(slot.rule.count if isinstance(slot, Masked) else slot.value.numel() for slot in slots if isinstance(slot, Masked | Set))
     if recipe.recompress is not None:
         made = recompressed(made, recipe.recompress["density"], recipe.recompress["alpha"], progress)
-    changes = sorted([*made, *exact], key=lambda change: (change.name, isinstance(change, Set), change.task if isinstance(change, Set) else ""))
+    changes = sorted(
+        [*made, *slots, *exact], key=lambda change: (change.name, isinstance(change, Set), change.task if isinstance(change, Set) else "")
+    )
     return Expert(_facts(recipe, parents, heads, total), parents[0].expert.fingerprint, tuple(changes))
 
 
-def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress: Progress) -> Opened | None:
+def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress: Progress, base: Source | None) -> Opened | None:
     from sterna.expert.file import load
 
     try:
         if isinstance(model.source, Recipe):
-            expert = run(model.source, warn, progress)
+            expert = run(model.source, warn, progress, base)
         else:
             expert = model.source if isinstance(model.source, Expert) else load(model.source)
     except SternaError as error:
@@ -119,13 +128,13 @@ def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress:
         faults.add(model.place, f"{told}: another expert")
     held = expert.facts.metadata.get("task")
     task = model.task or (held if isinstance(held, str) and held else None) or Path(model.name).stem
-    other = [change for change in expert.changes if not isinstance(change, Add | Palette | Set)]
-    tuned = [change for change in expert.changes if isinstance(change, Set) and change.role in ("tuned", "rows")]
+    other = [change for change in expert.changes if not isinstance(change, Add | Palette | Masked | Set)]
+    tuned = [change for change in expert.changes if isinstance(change, Set) and change.role == "rows"]
     if other or tuned:
         kind = type((other or tuned)[0]).__name__.lower() if other else f"set ({tuned[0].role})"
         told = f"{task} changes {(other or tuned)[0].name} by {kind}, which cannot be merged yet"
-        faults.add(model.place, f"{told}; expected a full fine-tune's expert")
-    return Opened(model, expert, task, {change.name: change for change in expert.changes if isinstance(change, Add | Palette)})
+        faults.add(model.place, f"{told}; expected experts of full fine-tunes, PaFi or HiWi's biases")
+    return Opened(model, expert, task, {change.name: change for change in expert.changes if isinstance(change, Add | Palette)}, slots_of(expert))
 
 
 def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
@@ -149,6 +158,21 @@ def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
         if count > 1:
             names = ", ".join(parent.task for parent in parents if parent.expert.content_digest == digest)
             faults.add("models", f"{names} have the same content: a parent is given {count} times; weights say how much one counts")
+    if recipe.recompress is not None and any(parent.slots for parent in parents):
+        faults.add("recompress", "the parents hold new values, of PaFi or HiWi; compress the merged expert over its base instead")
+    slots: dict[str, tuple[Slot, str]] = {}
+    for parent in parents:
+        for name, slot in parent.slots.items():
+            before, task = slots.setdefault(name, (slot, parent.task))
+            if fault := slot_fault(before, slot):
+                faults.add(parent.model.place, f"{name}: {fault}, in {task} and {parent.task}")
+    masks = {name for name, (slot, _) in slots.items() if isinstance(slot, Masked)}
+    under = {name for mask in masks for name in touched(slots[mask][0])}
+    for parent in parents:
+        if mixed := sorted(set(parent.changes) & (under | set(slots))) + sorted(set(parent.slots) & under - masks):
+            faults.add(parent.model.place, f"{mixed[0]} is changed by levels or as a whole in {parent.task}, as new values in another parent")
+    if len(masks) > 1:
+        faults.add("models", f"the parents have masks over different tensors ({', '.join(sorted(masks)[:3])}); only one mask can be merged")
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for parent in parents:
         for name, change in parent.changes.items():
@@ -189,6 +213,21 @@ def _tasks(recipe: Recipe, parents: Sequence[Opened], warn: Callable[[str], None
         yield Task(name, shape, parts, np.array([parent.model.weight.at(name, layers) for parent in parents]))
 
 
+def _merged_slots(recipe: Recipe, parents: Sequence[Opened], how: How, base: Source | None, progress: Progress) -> list[Change]:
+    """The parents' new values, merged as differences to the base."""
+    names = sorted({name for parent in parents for name in parent.slots})
+    if not names:
+        return []
+    layers = layers_of(parents[0].expert.fingerprint.names)
+    weights = {name: np.array([parent.model.weight.at(name, layers) for parent in parents]) for name in names}
+    shares = {
+        name: [Shares(parent.model.density.at(name, layers), parent.model.gamma.at(name, layers), parent.task) for parent in parents]
+        for name in names
+    }
+    given = require_base_given(base, names[0])
+    return merge_slots([parent.slots for parent in parents], parents[0].expert, given, weights, shares, how, recipe.seed, progress)
+
+
 def _all_tie(changes: Any) -> bool:
     return len({change.levels.scale for change in changes if change.levels.count}) == 1 and all(isinstance(change, Add) for change in changes)
 
@@ -199,6 +238,8 @@ def _exact(parents: Sequence[Opened], faults: Faults) -> list[Change]:
     others: dict[str, list[Set]] = {}
     for parent in parents:
         for change in parent.expert.changes:
+            if change.name in parent.slots:
+                continue
             if isinstance(change, Set) and change.role == "head":
                 kept.append(Set(change.name, change.value, "head", change.first_row, change.scales, change.task or parent.task))
             elif isinstance(change, Set):
@@ -249,7 +290,8 @@ def _facts(recipe: Recipe, parents: Sequence[Opened], heads: Mapping[str, Any], 
 
     return Facts(
         method="merge",
-        source="full",
+        source=same("source", "full"),
+        mask=next((each.mask for each in facts if each.mask is not None), None),
         density=None,
         alpha=None,
         scope="tensor",

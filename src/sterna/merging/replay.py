@@ -12,6 +12,7 @@ from sterna.expert.expert import Expert
 from sterna.merging.merge import run
 from sterna.merging.recipe import parse
 from sterna.progress import Progress, silent
+from sterna.sources.checkpoint import Source
 from sterna.training.errors import Faults, InvalidConfig
 
 
@@ -19,6 +20,7 @@ def replay(
     expert: Expert | str | os.PathLike[str],
     parents: Sequence[str | os.PathLike[str]] = (),
     *,
+    base: Source | None = None,
     warn: Callable[[str], None] = lambda message: None,
     progress: Progress = silent,
 ) -> Expert:
@@ -44,7 +46,7 @@ def replay(
     recipe = parse(raw, Path(), faults)
     faults.stop()
     assert recipe is not None
-    made = run(recipe, warn, progress)
+    made = run(recipe, warn, progress, base)
     if made.content_digest != expert.content_digest:
         told = f"{made.content_digest[:12]}, not {expert.content_digest[:12]}"
         raise InvalidArgument(f"the recipe gave the content digest {told}: it was made by {expert.facts.writer}, or by a method that changed since")

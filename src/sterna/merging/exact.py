@@ -1,0 +1,165 @@
+"""Experts of PaFi, and of HiWi's biases: all have new values of the same entries, so merging them is arithmetic on the differences to the base.
+
+A *slot* is what such experts share: the entries of one mask, or one tensor tuned as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sterna.errors import InvalidArgument
+from sterna.expert.changes import Change, Masked, Set
+from sterna.expert.expert import Expert
+from sterna.mask import choose, tensor_piece
+from sterna.merging.emitting import How, rounded
+from sterna.merging.registry import F64, Kinds
+from sterna.numbers.selection import kept_entries
+from sterna.progress import Progress
+from sterna.sources.checkpoint import Source, open_checkpoint
+from sterna.verification import require_checkpoint
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+Slot = Masked | Set
+
+
+def slots_of(expert: Expert) -> dict[str, Slot]:
+    """The slots of an expert, by the names of its changes."""
+    return {c.name: c for c in expert.changes if isinstance(c, Masked) or (isinstance(c, Set) and c.role == "tuned")}
+
+
+def slot_fault(first: Slot, second: Slot) -> str | None:
+    """Why two changes of one name are no common slot, or None."""
+    if isinstance(first, Masked) and isinstance(second, Masked):
+        return (
+            None
+            if first.rule == second.rule
+            else f"masks differ: {first.rule.order}, {first.rule.count:,} and {second.rule.order}, {second.rule.count:,}"
+        )
+    if isinstance(first, Set) and isinstance(second, Set):
+        return None if first.value.shape == second.value.shape else f"shapes differ: {tuple(first.value.shape)} and {tuple(second.value.shape)}"
+    return "one is under a mask and the other tuned as a whole"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shares:
+    """What a parent's method drops of one slot: `density`, `gamma`, and the task that names its random mask."""
+
+    density: float
+    gamma: float
+    task: str
+
+
+def merge_slots(
+    parents: Sequence[Mapping[str, Slot]],
+    expert: Expert,
+    base: Source,
+    weights: Mapping[str, F64],
+    shares: Mapping[str, Sequence[Shares]],
+    how: How,
+    seed: int,
+    progress: Progress,
+) -> list[Change]:
+    """The parents' slots merged: new values, each rounded once. A parent without a slot leaves it at the base. `expert` is any parent.
+
+    Raises WrongBase where `base` is not theirs, to the bit; InvalidArgument for values that float32 cannot hold.
+    """
+    opened = open_checkpoint(base)
+    own, _, _ = require_checkpoint(expert, opened, False, progress)
+    found = {name: slot for parent in parents for name, slot in parent.items()}
+    olds = {name: _old(slot, {n: opened.read(own[n]) for n in _names(slot)}) for name, slot in sorted(found.items())}
+    rows = {name: np.stack([_difference(parent.get(name), olds[name]) for parent in parents]) for name in olds}
+    for number in range(len(parents)):
+        _drop({name: values[number] for name, values in rows.items()}, {name: shares[name][number] for name in rows}, how, seed)
+    made: list[Change] = []
+    for name, slot in sorted(found.items()):
+        values = rows[name]
+        gram = values @ values.T if how.method.statistics else np.zeros((len(values), len(values)))
+        merged = how.method(Kinds(values, weights[name], gram, how.semantics), how.options)
+        new = torch.from_numpy(rounded(name, olds[name] + merged))
+        if isinstance(slot, Masked):
+            made.append(Masked(slot.rule, new))
+        else:
+            made.append(Set(name, new.to(slot.value.dtype).reshape(slot.value.shape), "tuned"))
+    return made
+
+
+def _names(slot: Slot) -> tuple[str, ...]:
+    return slot.rule.names if isinstance(slot, Masked) else (slot.name,)
+
+
+def _old(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> F64:
+    """The base's values in a slot, float64."""
+    if isinstance(slot, Set):
+        return tensors[slot.name].detach().double().reshape(-1).numpy()
+    positions = choose(slot.rule, [tensor_piece(name, tensors[name]) for name in slot.rule.names])
+    parts = [tensors[name].detach().reshape(-1)[torch.from_numpy(places)].double() for name, places in zip(slot.rule.names, positions, strict=True)]
+    return torch.cat(parts).numpy()
+
+
+def _difference(slot: Slot | None, old: F64) -> F64:
+    if slot is None:
+        return np.zeros_like(old)
+    if isinstance(slot, Set):
+        return slot.value.double().reshape(-1).numpy() - old
+    if isinstance(slot.values, torch.Tensor):
+        return slot.values.double().numpy() - old
+    return slot.values.levels().astype(np.float64) * slot.values.scale
+
+
+def _drop(values: Mapping[str, F64], shares: Mapping[str, Shares], how: How, seed: int) -> None:
+    """Set to 0, in one parent's rows, what the method drops; rescale what stays of a random choice."""
+    kind, paper = how.method.drop, how.semantics == "paper"
+    least = 0.0
+    if kind == "magnitude" and paper:
+        whole = np.abs(np.concatenate(list(values.values())))
+        kept = kept_entries(next(iter(shares.values())).density, whole.size)
+        least = float(np.partition(whole, whole.size - kept)[whole.size - kept]) if kept else np.inf
+    for name, row in values.items():
+        share, size = shares[name], np.abs(row)
+        if kind == "random":
+            before, stays = float(size.sum()), _drawn(row.size, share.density, seed, share.task, name)
+            row *= stays / (share.density if not how.by_norm else 1)
+            if how.by_norm and (after := float(np.abs(row).sum())) >= 1e-7 and before >= 1e-7:
+                row *= before / after
+        elif kind == "magnitude" and paper:
+            row[size < least] = 0
+        elif kind is not None and not (share.density >= 1 and (kind == "magnitude" or not paper)):
+            row[~_ranked(size, share, kind == "outliers", how.semantics)] = 0
+
+
+def _ranked(size: F64, share: Shares, outliers: bool, semantics: str) -> np.ndarray:
+    """Which entries stay by their rank; see `sterna.merging.parents` on ties."""
+    wanted, top = int(share.density * size.size), int(share.gamma * size.size) if outliers else 0
+    if semantics == "paper":
+        ordered = np.sort(size)
+        above = size.size - np.searchsorted(ordered, size, "left")
+        greater = size.size - np.searchsorted(ordered, size, "right")
+        stays: np.ndarray = (above > top) & (greater < top + wanted)
+        return stays
+    if semantics == "mergekit" and not outliers:
+        wanted = max(wanted, 1)
+    last = size.size - max(0, size.size - wanted - top)
+    stays = np.zeros(size.size, bool)
+    stays[np.argsort(-size, kind="stable")[last - wanted : last]] = True
+    return stays
+
+
+def _drawn(count: int, density: float, seed: int, task: str, name: str) -> np.ndarray:
+    """The mask that `sterna.merging.parents.dropped` tells of, for entries 0 to count - 1."""
+    state = np.uint64(int.from_bytes(hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()[:8], "little"))
+    z = state + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    kept: np.ndarray = ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) < np.uint64(min(round(density * (1 << 53)), 1 << 53))
+    return kept
+
+
+def require_base_given(base: Source | None, name: str) -> Source:
+    if base is None:
+        raise InvalidArgument(f"{name} is held as new values, whose differences need the base: give it (--base, base=...)")
+    return base
