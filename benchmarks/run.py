@@ -40,6 +40,7 @@ NAMES = (
     "memory",
     "causal_lm",
     "bitmasks",
+    "merging",
     "command_line",
 )
 LONG = ("causal_lm_training",)
