@@ -32,7 +32,6 @@ from hostile.craft import (
     Row,
     facts,
     framed,
-    kinds,
     plain,
     shape_table,
     stream,
