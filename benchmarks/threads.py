@@ -108,6 +108,8 @@ def causal_lm(report: harness.Report, rows: list[list[object]], options: object,
     compress = [with_threads(count, lambda: sterna.compress(base, tuned, density=DENSITY)) for count in (1, 2)]
     both(report, rows, "compress, causal LM", *compress, rounds // 2, goal=False)
     expert = sterna.compress(base, tuned, density=DENSITY)
+    recode = [with_threads(count, lambda: sterna.recode(expert, "small")) for count in (1, 2)]
+    both(report, rows, "recode to small, causal LM", *recode, 3, goal=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def off() -> None:
