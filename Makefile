@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-long bench assets clean
+.PHONY: demo test mergekit lint test-long bench assets clean
 
 demo: $(STAMP)
 	$(RUN)/python -m sterna.demo.assets
@@ -16,6 +16,11 @@ test: $(STAMP) assets lint
 # Longer than the default suite: memory of a large checkpoint, more fuzzing.
 test-long: $(STAMP) assets
 	STERNA_FUZZ=1000000 $(RUN)/python -m pytest -m "slow or not slow"
+
+# The peer of merging, in an environment of its own: it wants other versions, and its licence is not ours.
+mergekit:
+	$(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/python -m pip install --quiet torch==2.13.0 mergekit==0.1.5
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

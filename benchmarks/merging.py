@@ -5,7 +5,7 @@ Question: Eight experts of a causal language model of 135 million parameters, at
 Goal: At most a tenth of mergekit's time and an eighth of its memory above imports.
 Predicted: 3 s and 60 MB beside 100 s and 1 GB: 108 million non-zeros are decoded twice at 2 ns and 77 million coded at 5 ns; mergekit sorts every
     tensor of every parent, and holds the embedding nine times.
-Peer: mergekit's ties, with density .1 and its defaults, in an environment of its own (STERNA_MERGEKIT_PYTHON), on bfloat16 checkpoints.
+Peer: mergekit's ties, with density .1 and its defaults, in an environment of its own (make mergekit), on bfloat16 checkpoints.
 Note: The base has the shapes of SmolLM2-135M and normal noise; each parent is the base plus noise. Writing is part of both. One thread each.
 """
 
@@ -27,7 +27,7 @@ import harness
 import sterna
 from memory import anonymous
 
-MERGEKIT = Path(os.environ.get("STERNA_MERGEKIT_PYTHON", Path.home() / "venv" / "mergekit" / "bin" / "python"))
+MERGEKIT = Path(os.environ.get("STERNA_MERGEKIT_PYTHON", Path(__file__).parents[1] / ".venv-mergekit" / "bin" / "python"))
 PARENTS, DENSITY, ROUNDS = 8, 0.1, 2
 HIDDEN, INNER, VALUES, VOCABULARY, LAYERS = 576, 1536, 192, 49152, 30
 CONFIG = {

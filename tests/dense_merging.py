@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 Vector = dict[str, np.ndarray]
-MERGEKIT = Path(os.environ.get("STERNA_MERGEKIT_PYTHON", Path.home() / "venv" / "mergekit" / "bin" / "python"))
+MERGEKIT = Path(os.environ.get("STERNA_MERGEKIT_PYTHON", Path(__file__).parents[1] / ".venv-mergekit" / "bin" / "python"))
 """A Python that has mergekit, in an environment of its own."""
 
 

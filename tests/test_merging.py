@@ -146,7 +146,7 @@ def test_semantics_of_peft(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
             close(merge(experts, method, weights=weights, density=0.7, semantics="peft"), theirs, 1e-5)
 
 
-@pytest.mark.skipif(not dense.MERGEKIT.exists(), reason="mergekit is not installed in an environment of its own (STERNA_MERGEKIT_PYTHON)")
+@pytest.mark.skipif(not dense.MERGEKIT.exists(), reason="mergekit is not in an environment of its own: make mergekit, or STERNA_MERGEKIT_PYTHON")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_semantics_of_mergekit(scope: str) -> None:
     experts = parents(scope)
