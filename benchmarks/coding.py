@@ -28,7 +28,7 @@ import inputs
 import pafi_ternary
 import sterna
 from harness import Side
-from sterna.codings import AnyCoding, Sequential, by_name
+from sterna.codings import AnyCoding, by_name
 from sterna.expert.changes import Ternary
 from sterna.recoding import recoded
 from sterna.summary import ternary_entropy
@@ -66,7 +66,7 @@ def coded(ternaries: list[Ternary], coding: AnyCoding) -> Layout:
 
     def encode() -> None:
         for ternary, positions in zip(ternaries, codes, strict=True):
-            if isinstance(coding, Sequential):
+            if coding.sequential is True:
                 coding.pack(positions, ternary.shape)
             else:
                 for first in range(0, ternary.size, 1 << 20):

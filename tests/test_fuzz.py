@@ -33,7 +33,7 @@ from coded import SCALE, expert_of, low_rank, opened, random_levels, stream_of, 
 from hostile.craft import SPECIMENS
 from hostile.guard import Guarded
 from hostile.mutate import Seed, mutated
-from sterna.codings import CHUNK, PADDING, Sequential, lossless
+from sterna.codings import CHUNK, PADDING, lossless
 from sterna.codings.fast import FAST
 from sterna.errors import InvalidArgument, InvalidFile, SternaError
 from sterna.expert.changes import Add, Change, Factors, Joined, Lossless, Masked, MaskRule, Multiply, Set, Ternary
@@ -159,7 +159,7 @@ def _rebuilt(change: Lossless) -> None:
 
 def compared(file: bytes, expert: Expert) -> None:
     """What the library accepts, the reader made from the specification reads alike."""
-    if sum(ternary.size << 8 * isinstance(ternary.coding, Sequential) for ternary in expert.ternaries) > 1 << 22:
+    if sum(ternary.size << 8 * ternary.coding.sequential for ternary in expert.ternaries) > 1 << 22:
         return  # the plain readers are slow
     _, shorts, changes = plain_reader.read(file)
     assert tuple(shorts) == expert.fingerprint.names

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sterna import __version__
-from sterna.codings import DEFAULT, Sequential, by_name, default_coding
+from sterna.codings import DEFAULT, by_name, default_coding
 from sterna.compeft import check_options, ternarize
 from sterna.errors import InvalidArgument, PairingError
 from sterna.expert.changes import Set
@@ -90,9 +90,9 @@ def compress(
     for change in exact:
         refuse_unwritable(change)
     mark = before.fingerprint if before is not None else base_fingerprint(ours, progress)
-    block = default_coding() if isinstance(chosen, Sequential) else chosen
+    block = default_coding() if chosen.sequential is True else chosen
     levels, norm = ternarize(task.pieces, density=density, alpha=alpha, per_tensor=scope == "tensor", coding=block, progress=progress)
-    if isinstance(chosen, Sequential):
+    if chosen.sequential is True:
         levels = recoded(levels, chosen, progress)
     if task.norm is not None:
         _refuse_strangers(norm, task.norm(), force, warn)

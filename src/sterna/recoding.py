@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sterna.codings import CHUNK, ENTRIES_A_BYTE, PADDING, AnyCoding, Coding, Sequential, by_name, default_coding
+from sterna.codings import CHUNK, ENTRIES_A_BYTE, PADDING, AnyCoding, Coding, by_name, default_coding
 from sterna.errors import InvalidArgument
 from sterna.expert.changes import Change, Ternary
 from sterna.expert.expert import Expert
@@ -42,7 +42,7 @@ def recoded(ternaries: Sequence[Ternary], coding: AnyCoding, progress: Progress 
         streams.append(stream)
         done += ternary.size
         progress("recode", done, total, "parameters")
-    if isinstance(coding, Sequential):
+    if coding.sequential is True:
         _pad(streams, ternaries)
     data = np.frombuffer(b"".join([*streams, bytes(PADDING)]), np.uint8)
     stops = np.cumsum([len(stream) for stream in streams], dtype=np.int64).tolist()
@@ -62,7 +62,7 @@ def blockwise(ternaries: Sequence[Ternary]) -> list[Ternary]:
 
 def _stream(ternary: Ternary, coding: AnyCoding) -> bytes:
     codes = ternary.codes()
-    if isinstance(coding, Sequential):
+    if coding.sequential is True:
         return coding.pack(codes, ternary.shape)
     return b"".join(_records(codes, ternary.size, coding))
 

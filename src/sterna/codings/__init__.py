@@ -7,7 +7,7 @@ A block coding cuts a tensor into blocks that decode alone, a sequential one cod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ class Coding(Protocol):
 
     name: str
     number: int  # in the file's table; never reused
+    sequential: Literal[False]
 
     def encode(self, codes: U32, entries: int) -> bytes:
         """The record of one chunk of `entries` (CHUNK, or what is left at the end); `codes` count positions from the chunk's start."""
@@ -68,12 +69,12 @@ class Coding(Protocol):
         """Write the codes of blocks[first:last] one after another; `codes` has room for 8 more. Raises InvalidFile where one leaves its bounds."""
 
 
-@runtime_checkable
 class Sequential(Protocol):
     """A coding that can only be read from a tensor's beginning to its end: smaller and slower. In memory its tensors become a block coding's."""
 
     name: str
     number: int
+    sequential: Literal[True]  # tells the two apart; isinstance takes ten microseconds with a protocol
 
     def pack(self, codes: I64, shape: tuple[int, ...]) -> bytes:
         """The stream of a whole tensor. `codes`, int64: flat index << 1 | negative, ascending."""
@@ -112,7 +113,7 @@ def by_name(name: str) -> AnyCoding:
 def default_coding() -> Coding:
     """The block coding that experts are written with, and that any other becomes in memory before it is attached."""
     coding = by_name(DEFAULT)
-    assert not isinstance(coding, Sequential)
+    assert coding.sequential is False
     return coding
 
 

@@ -17,6 +17,8 @@ branch depends on the data. `docs/format.md` specifies all of it.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numba import njit
 
@@ -346,6 +348,7 @@ def _encode(codes, entries, log2, gaps, out, table):
 class _Fast:
     name = "fast"
     number = 2
+    sequential: Literal[False] = False
 
     def encode(self, codes: U32, entries: int) -> bytes:
         log2 = index.block_log2(codes.size, entries)

@@ -14,6 +14,8 @@ That is the length of Golomb's code of the gaps (Golomb 1966, Rice 1979) with a 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numba import njit
 
@@ -152,6 +154,7 @@ def _decode_blocks(data, size, count, offset, length, parameter, codes, highs):
 class _Rice:
     name = "rice"
     number = 1
+    sequential: Literal[False] = False
 
     def encode(self, codes: U32, entries: int) -> bytes:
         raise InvalidArgument("the rice coding is read, and no longer written; ask for 'fast'")

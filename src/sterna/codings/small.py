@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numba import njit
@@ -176,6 +177,7 @@ def _entropy(density: float) -> float:
 class _Small:
     name = "small"
     number = 3
+    sequential: Literal[True] = True
 
     def pack(self, codes: I64, shape: tuple[int, ...]) -> bytes:
         entries = math.prod(shape)

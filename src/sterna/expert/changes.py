@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sterna.codings import CHUNK, I64, NO_BLOCKS, U8, U32, AnyCoding, Blocks, Sequential, lossless
+from sterna.codings import CHUNK, I64, NO_BLOCKS, U8, U32, AnyCoding, Blocks, lossless
 from sterna.errors import InvalidArgument
 from sterna.expert.palette import Palette
 
@@ -53,7 +53,7 @@ class Ternary:
     @classmethod
     def open(cls, shape: tuple[int, ...], scale: float, coding: AnyCoding, data: U8, start: int, stop: int) -> Ternary:
         """Read and check the stream's count or index; InvalidFile where it is not well-formed."""
-        if isinstance(coding, Sequential):
+        if coding.sequential is True:
             return cls(shape, scale, coding, data, start, stop, coding.count(data, start, stop, shape), NO_BLOCKS)
         blocks = coding.blocks(data, start, stop, math.prod(shape))
         return cls(shape, scale, coding, data, start, stop, int(blocks.count.sum()), blocks)
@@ -68,7 +68,7 @@ class Ternary:
 
     def batches(self) -> Iterator[I64]:
         """The codes, int64: flat index << 1 | negative, ascending, at most 2 * CHUNK at a time. Raises InvalidFile where the stream is damaged."""
-        if isinstance(self.coding, Sequential):
+        if self.coding.sequential is True:
             whole = self.coding.unpack(self.data, self.start, self.stop, self.shape)
             for first in range(0, self.count, 2 * CHUNK):
                 yield whole[first : first + 2 * CHUNK]
@@ -118,7 +118,7 @@ class Joined:
     @classmethod
     def of(cls, ternaries: Sequence[Ternary]) -> Joined:
         """Join tensors that lie in one buffer, under one block coding; ValueError otherwise."""
-        if any(t.data is not ternaries[0].data or t.coding is not ternaries[0].coding or isinstance(t.coding, Sequential) for t in ternaries):
+        if any(t.data is not ternaries[0].data or t.coding is not ternaries[0].coding or t.coding.sequential is True for t in ternaries):
             raise ValueError("ternary tensors are joined that do not lie in one buffer, under one block coding")
         lengths = [len(t.blocks) for t in ternaries]
         empty = np.empty(0, np.int64)
@@ -136,7 +136,7 @@ class Joined:
         """Write the batch's codes, counted in their blocks, and return its first block and the one after its last. Raises InvalidFile."""
         first, last = self.batches[batch], self.batches[batch + 1]
         coding = self.ternaries[0].coding
-        assert not isinstance(coding, Sequential)  # `of` saw to it
+        assert coding.sequential is False  # `of` saw to it
         coding.decode(self.ternaries[0].data, self.blocks, first, last, codes)
         return first, last
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from sterna.codings import ENTRIES_A_BYTE, PADDING, U8, Sequential
+from sterna.codings import ENTRIES_A_BYTE, PADDING, U8
 from sterna.errors import InvalidArgument, InvalidFile, Unsupported
 from sterna.expert.changes import VALUES, Change, Lossless, Masked, Set, streams
 from sterna.expert.container import CHECKSUM, ITEM_BYTES, Container, Part, parse, pieces, read
@@ -85,7 +85,7 @@ def _contradiction(facts: Facts, changes: Sequence[Change]) -> str | None:
 
 def _unjustified(changes: Sequence[Change]) -> str | None:
     """Where sequential codings tell of more entries than their bytes justify the time to decode, or None."""
-    held = [t for change in changes for t in change.ternaries if isinstance(t.coding, Sequential) and t.count]
+    held = [t for change in changes for t in change.ternaries if t.coding.sequential is True and t.count]
     entries, given = sum(t.size for t in held), sum(t.stop - t.start for t in held)
     return f"{given:,} bytes of sequential streams tell of {entries:,} entries" if entries > ENTRIES_A_BYTE * given else None
 

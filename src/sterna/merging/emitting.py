@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sterna.codings import CHUNK, I64, PADDING, U8, Coding, Sequential, default_coding
+from sterna.codings import CHUNK, I64, PADDING, U8, Coding, default_coding
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert.changes import Add, Ternary
 from sterna.expert.palette import MOST, Palette
@@ -177,7 +177,7 @@ def merged(tasks: Iterator[Task], total: int, how: How, progress: Progress) -> l
     """The tensors' merged changes, in order. Raises InvalidArgument for values that float32 cannot hold or more than 65,536 magnitudes in one tensor;
     InvalidFile where a stream is damaged; CannotWrite where the temporary folder is full."""
     coding = default_coding()
-    assert not isinstance(coding, Sequential)
+    assert coding.sequential is False
     from sterna.merging.columns import merge_columns
 
     output, done = Output(coding), 0
@@ -248,7 +248,7 @@ def add(part: Part, chunk: Chunk, radix: int, kinds: NDArray[np.uint16] | NDArra
     first, last = np.searchsorted(blocks.start, [chunk.start, chunk.start + chunk.size]).tolist()
     if first == last:
         return
-    assert not isinstance(levels.coding, Sequential)
+    assert levels.coding.sequential is False
     levels.coding.decode(levels.data, blocks, first, last, _scratch.codes)
     counts, starts = blocks.count[first:last], blocks.start[first:last] - chunk.start
     if part.whole:
