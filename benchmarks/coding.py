@@ -30,7 +30,7 @@ import sterna
 from harness import Side
 from sterna.codings import AnyCoding, by_name
 from sterna.expert.changes import Ternary
-from sterna.recoding import recoded
+from sterna.recoding import recoded, stream_of
 from sterna.summary import ternary_entropy
 
 LIMITS = {0.05: 0.68, 0.1: 0.70, 0.2: 0.75}
@@ -53,9 +53,8 @@ def seconds(work: Callable[[], object], rounds: int = 3) -> float:
     return min(Side(work).seconds() for _ in range(rounds))
 
 
-def masks(ternaries: list[Ternary]) -> bytes:
+def masks(levels: np.ndarray) -> bytes:
     """All positives, then all negatives, a bit each."""
-    levels = np.concatenate([ternary.levels().ravel() for ternary in ternaries])
     return np.packbits(levels > 0, bitorder="little").tobytes() + np.packbits(levels < 0, bitorder="little").tobytes()
 
 
@@ -66,13 +65,7 @@ def coded(ternaries: list[Ternary], coding: AnyCoding) -> Layout:
 
     def encode() -> None:
         for ternary, positions in zip(ternaries, codes, strict=True):
-            if coding.sequential is True:
-                coding.pack(positions, ternary.shape)
-            else:
-                for first in range(0, ternary.size, 1 << 20):
-                    last = min(first + (1 << 20), ternary.size)
-                    low, high = np.searchsorted(positions, (first << 1, last << 1))
-                    coding.encode((positions[low:high] - (first << 1)).astype(np.uint32), last - first)
+            stream_of(positions, ternary.shape, coding)
 
     def decode() -> None:
         for ternary in new:
@@ -84,17 +77,14 @@ def coded(ternaries: list[Ternary], coding: AnyCoding) -> Layout:
 def plain(ternaries: list[Ternary]) -> Iterator[Layout]:
     """What the same levels take without a coding of ours."""
     levels = np.concatenate([ternary.levels().ravel() for ternary in ternaries])
-    packed = masks(ternaries)
+    packed = masks(levels)
     half = len(packed) // 2
 
     def unpack(data: bytes = packed) -> np.ndarray:
         bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").view(np.int8)
         return bits[: 8 * half] - bits[8 * half :]
 
-    def pack() -> bytes:
-        return np.packbits(levels > 0, bitorder="little").tobytes() + np.packbits(levels < 0, bitorder="little").tobytes()
-
-    yield Layout("two bit masks", len(packed), seconds(pack), seconds(unpack))
+    yield Layout("two bit masks", len(packed), seconds(lambda: masks(levels)), seconds(unpack))
     for name, compress, decompress in compressors():
         started = time.perf_counter()
         small = compress(packed)

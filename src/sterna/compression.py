@@ -70,10 +70,7 @@ def compress(
     check_options(density, alpha)
     if scope not in ("global", "tensor"):
         raise InvalidArgument(f"scope is {scope!r}; expected 'global' or 'tensor'")
-    try:
-        chosen = by_name(coding)
-    except KeyError as error:
-        raise InvalidArgument(str(error.args[0])) from None
+    chosen = by_name(coding)
     check_head(head)
     ours = open_checkpoint(base)
     if lossless:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from sterna.codings import CHUNK, ENTRIES_A_BYTE, PADDING, AnyCoding, Coding, by_name, default_coding
-from sterna.errors import InvalidArgument
+from sterna.codings import CHUNK, ENTRIES_A_BYTE, I64, PADDING, AnyCoding, by_name, default_coding
 from sterna.expert.changes import Change, Ternary
 from sterna.expert.expert import Expert
 from sterna.progress import Progress, silent
@@ -21,10 +21,7 @@ def recode(expert: Expert | str | os.PathLike[str], coding: str, *, progress: Pr
 
     Tensors are coded on torch's number of threads. Raises InvalidArgument for an unknown coding, NotFound or InvalidFile for a file.
     """
-    try:
-        chosen = by_name(coding)
-    except KeyError as error:
-        raise InvalidArgument(str(error.args[0])) from None
+    chosen = by_name(coding)
     if not isinstance(expert, Expert):
         from sterna.expert.file import load
 
@@ -38,7 +35,7 @@ def recoded(ternaries: Sequence[Ternary], coding: AnyCoding, progress: Progress 
     """The tensors under a coding, in one new buffer. Raises InvalidFile where a stream is damaged."""
     total, done = sum(ternary.size for ternary in ternaries), 0
     streams: list[bytes] = []
-    for ternary, stream in ordered(lambda ternary: _stream(ternary, coding), ternaries):
+    for ternary, stream in ordered(lambda ternary: stream_of(ternary.codes(), ternary.shape, coding), ternaries):
         streams.append(stream)
         done += ternary.size
         progress("recode", done, total, "parameters")
@@ -60,20 +57,18 @@ def blockwise(ternaries: Sequence[Ternary]) -> list[Ternary]:
     return list(ternaries)
 
 
-def _stream(ternary: Ternary, coding: AnyCoding) -> bytes:
-    codes = ternary.codes()
+def stream_of(codes: I64, shape: tuple[int, ...], coding: AnyCoding) -> bytes:
+    """The stream of a whole tensor under a coding. `codes`, int64: flat index << 1 | negative, ascending."""
     if coding.sequential is True:
-        return coding.pack(codes, ternary.shape)
-    return b"".join(_records(codes, ternary.size, coding))
-
-
-def _records(codes: np.ndarray, entries: int, coding: Coding) -> list[bytes]:
+        return coding.pack(codes, shape)
+    entries = math.prod(shape)
     starts = range(0, entries, CHUNK)
     cuts = [*np.searchsorted(codes, [start << 1 for start in starts]).tolist(), codes.size]
-    return [
+    records = (
         coding.encode((codes[first:last] - (start << 1)).astype(np.uint32), min(CHUNK, entries - start))
         for start, first, last in zip(starts, cuts, cuts[1:], strict=False)
-    ]
+    )
+    return b"".join(records)
 
 
 def _pad(streams: list[bytes], ternaries: Sequence[Ternary]) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sterna.errors import InvalidFile
+from sterna.errors import InvalidArgument, InvalidFile
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
@@ -102,12 +102,12 @@ def register(coding: C) -> C:
 
 
 def by_name(name: str) -> AnyCoding:
-    """The coding of that name; KeyError with the known names otherwise."""
+    """The coding of that name; InvalidArgument with the known names otherwise."""
     _load()
     try:
         return _REGISTERED[name]
     except KeyError:
-        raise KeyError(f"no coding named {name!r}; known: {', '.join(sorted(_REGISTERED))}") from None
+        raise InvalidArgument(f"no coding named {name!r}; known: {', '.join(sorted(_REGISTERED))}") from None
 
 
 def default_coding() -> Coding:
