@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from sterna.demo.data import Split
-from sterna.demo.intervals import Estimate, wilson
 from sterna.needs import needed
 from sterna.progress import Progress
+from sterna.scoring.intervals import Estimate, wilson
 
 BATCH = 64
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sterna.demo.intervals import Estimate
 from sterna.demo.timing import Latency, Steps
+from sterna.scoring.intervals import Estimate
 
 COLUMNS = ("", "density", "scale", "bytes on disk", "to 16 bit", "bits/param", "entropy", "accuracy, %", "to uncompressed")
 NARROW = ("", "density\nscale", "bytes\nto 16 bit", "bits\nentropy", "accuracy, %", "to\nuncompressed")

@@ -12,12 +12,12 @@ import torch
 import sterna
 from sterna.demo.controls import mean_in_std, prune_only, stc
 from sterna.demo.evaluation import Score, Tokens, bag_of_words, climb, counter, evaluate
-from sterna.demo.intervals import paired_difference
 from sterna.demo.options import FACTORS, DemoOptions
 from sterna.demo.product import Size, measured, saved
 from sterna.demo.report import Row
 from sterna.demo.subjects import Subject
 from sterna.progress import Progress
+from sterna.scoring.intervals import paired_difference
 
 
 @dataclass(frozen=True, slots=True)

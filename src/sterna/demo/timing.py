@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import sterna
-from sterna.demo.intervals import Estimate, paired_ratio
+from sterna.scoring.intervals import Estimate, paired_ratio
 
 
 @dataclass(frozen=True, slots=True)

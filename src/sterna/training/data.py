@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def load_data(data: Data, task: TaskName, faults: Faults) -> TaskData | None:
                 tables[split] = load_table(given, data, split)
     if "train" not in tables:
         return None
-    columns = _columns(tables["train"], data, task, faults)
+    columns = find_columns(tables["train"], data, task, faults)
     if columns is None:
         return None
     read: dict[str, tuple[Examples, int]] = {}
@@ -125,7 +125,7 @@ def load_data(data: Data, task: TaskName, faults: Faults) -> TaskData | None:
         return None
 
 
-def _columns(table: Table, data: Data, task: TaskName, faults: Faults) -> Columns | None:
+def find_columns(table: Table, data: Data, task: TaskName, faults: Faults) -> Columns | None:
     """The columns that the config names or that go by usual names; a fault lists those that there are."""
     before = len(faults.found)
     there = f"{table.source} has {listed(table.columns)}"
@@ -160,6 +160,25 @@ def _columns(table: Table, data: Data, task: TaskName, faults: Faults) -> Column
 
 def _examples(table: Table, columns: Columns, task: TaskName, known: tuple[str, ...] | None) -> tuple[Examples, int, tuple[str, ...]]:
     """The rows that have a text and an answer, how many have not, and the class names. `known` are the classes of the training rows."""
+    read, dropped = read_examples(table, columns, task)
+    if task != "classification":
+        return read, dropped, ()
+    counts = Counter(str(label) for label in read.answers or ())
+    names = table.names.get(columns.answer or "")
+    classes = known if known is not None else tuple(names) if names else sorted_labels(counts)
+    if known is None:
+        _check_labels(counts, len(read), table.source, columns.answer or "")
+    index = {label: i for i, label in enumerate(classes)}
+    if strange := [label for label in counts if label not in index]:
+        raise InvalidFile(f"{table.source} has labels that the training rows lack: {listed(strange)}")
+    return replace(read, answers=tuple(index[str(label)] for label in read.answers or ())), dropped, classes
+
+
+def read_examples(table: Table, columns: Columns, task: TaskName) -> tuple[Examples, int]:
+    """The rows that have a text and an answer, labels by name, and how many have not.
+
+    Raises InvalidArgument for a column that the table lacks, and InvalidFile for cells that are not what the task needs, or where no row is left.
+    """
     for column in (columns.text, columns.pair, columns.answer):
         if column is not None and column not in table.columns:
             raise InvalidArgument(f"{table.source} has no column {column!r}, which the training rows have; it has {listed(table.columns)}")
@@ -182,18 +201,8 @@ def _examples(table: Table, columns: Columns, task: TaskName, known: tuple[str, 
         raise InvalidFile(
             f"{table.source} has no row with everything that is needed: {listed(filter(None, (columns.text, columns.pair, columns.answer)))}"
         )
-    classes: tuple[str, ...] = ()
-    if task == "classification":
-        counts = Counter(answers)
-        classes = known if known is not None else tuple(names) if names else _sorted_labels(counts)
-        if known is None:
-            _check_labels(counts, len(texts), table.source, columns.answer or "")
-        index = {label: i for i, label in enumerate(classes)}
-        if strange := [label for label in counts if label not in index]:
-            raise InvalidFile(f"{table.source} has labels that the training rows lack: {listed(strange)}")
-        answers = [index[label] for label in answers]
     values = None if columns.answer is None else tuple(answers)
-    return Examples(tuple(texts), tuple(pairs) if columns.pair is not None else None, values), dropped, classes
+    return Examples(tuple(texts), tuple(pairs) if columns.pair is not None else None, values), dropped
 
 
 def _cell(row: Mapping[str, Any], column: str, table: Table, number: int) -> str:
@@ -222,7 +231,7 @@ def _answer(value: Any, task: TaskName, names: Sequence[str] | None, table: Tabl
     return figure
 
 
-def _sorted_labels(labels: Mapping[str, int]) -> tuple[str, ...]:
+def sorted_labels(labels: Mapping[str, int]) -> tuple[str, ...]:
     """By number where every label is a whole number, or else by name."""
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
         return tuple(sorted(labels, key=int))

@@ -23,7 +23,7 @@ from sterna.training.tokens import IGNORED, Lengths, batches, tokenized
 class Outputs:
     """What a model gives for every row of a split, in the split's order, as far as the task has it.
 
-    `logits` is fp32 [n, outputs]; `nats` and `tokens` are the summed cross-entropy and the predicted tokens of each batch; `texts` are generated.
+    `logits` is fp32 [n, outputs]; `nats` and `tokens` [n] are each row's summed cross-entropy and predicted tokens; `texts` are generated.
     """
 
     logits: NDArray[np.float32] | None = None
@@ -59,8 +59,8 @@ def outputs(prepared: Evaluation, model: Any, progress: Progress = silent, step:
     device = next(model.parameters()).device
     logits: dict[int, NDArray[np.float32]] = {}
     texts: dict[int, str] = {}
-    nats: list[float] = []
-    tokens: list[int] = []
+    nats = np.zeros(len(prepared.rows))
+    tokens = np.zeros(len(prepared.rows), dtype=np.int64)
     done = 0
     progress(step, 0, len(prepared.rows), "rows")
     with evaluating(model), torch.no_grad():
@@ -71,10 +71,8 @@ def outputs(prepared: Evaluation, model: Any, progress: Progress = silent, step:
                 rows = model(**inputs).logits.float().cpu().numpy()
                 logits.update(zip(batch.places, rows, strict=True))
             else:
-                labels = inputs["labels"]
-                count = int((labels[:, 1:] if task == "causal-lm" else labels).ne(IGNORED).sum())
-                nats.append(float(model(**inputs).loss) * count)
-                tokens.append(count)
+                given = {name: value for name, value in inputs.items() if name != "labels" or task == "seq2seq"}  # which makes its decoder's of them
+                nats[batch.places], tokens[batch.places] = _entropies(model(**given).logits, inputs["labels"], shifted=task == "causal-lm")
             if task == "seq2seq":
                 texts.update(zip(batch.places, _generated(model, inputs, tokenizer, prepared.lengths.target), strict=True))
             done += len(batch.places)
@@ -82,7 +80,17 @@ def outputs(prepared: Evaluation, model: Any, progress: Progress = silent, step:
     if task in ("classification", "regression"):
         return Outputs(logits=np.stack([logits[place] for place in range(len(prepared.rows))]))
     written = tuple(texts[place] for place in range(len(prepared.rows))) if task == "seq2seq" else None
-    return Outputs(nats=np.array(nats), tokens=np.array(tokens), texts=written)
+    return Outputs(nats=nats, tokens=tokens, texts=written)
+
+
+def _entropies(logits: torch.Tensor, labels: torch.Tensor, *, shifted: bool) -> tuple[list[float], list[int]]:
+    """The summed cross-entropy and the number of predicted tokens of each row of a batch, row by row: a whole batch in fp32 would be large."""
+    logits = logits[:, -labels.shape[1] :]  # virtual tokens before the text have no labels
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    pairs = zip(logits, labels, strict=True)
+    nats = [torch.nn.functional.cross_entropy(row.float(), wanted, ignore_index=IGNORED, reduction="sum") for row, wanted in pairs]
+    return torch.stack(nats).tolist(), labels.ne(IGNORED).sum(1).tolist()
 
 
 def _generated(model: Any, inputs: dict[str, torch.Tensor], tokenizer: Any, length: int) -> list[str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,25 +22,47 @@ Integers = NDArray[np.integer]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How a metric is called, and whether more is better."""
+    """A metric: `points` where its values are shown in points of 100, and `function` where it is a person's own.
 
+    A function takes what was predicted and what was wanted, a list of label names (classification) or of texts (seq2seq) or a float64 array
+    (regression) each, and gives a number, or one for each row, whose mean is then the score. Its attributes `higher_is_better` (True), `points`
+    (False) and `title` are read where it has them.
+    """
+
+    name: str
     title: str
     higher_is_better: bool = True
+    points: bool = True
+    function: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def factor(self) -> float:
+        """From units of 1 to those in which values are shown."""
+        return 100.0 if self.points else 1.0
+
+    def better(self, value: float, other: float) -> bool:
+        return value > other if self.higher_is_better else value < other
 
 
 METRICS = {
-    "accuracy": Metric("accuracy"),
-    "macro_f1": Metric("macro F1"),
-    "matthews": Metric("Matthews correlation"),
-    "spearman": Metric("Spearman correlation"),
-    "pearson": Metric("Pearson correlation"),
-    "mse": Metric("mean squared error", higher_is_better=False),
-    "perplexity": Metric("perplexity", higher_is_better=False),
-    "loss": Metric("loss", higher_is_better=False),
-    "rouge1": Metric("ROUGE-1"),
-    "rouge2": Metric("ROUGE-2"),
-    "rougeL": Metric("ROUGE-L"),
-    "exact_match": Metric("exact match"),
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", "accuracy"),
+        Metric("macro_f1", "macro F1"),
+        Metric("matthews", "Matthews correlation"),
+        Metric("spearman", "Spearman correlation"),
+        Metric("pearson", "Pearson correlation"),
+        Metric("mse", "mean squared error", higher_is_better=False, points=False),
+        Metric("perplexity", "perplexity", higher_is_better=False, points=False),
+        Metric("loss", "loss", higher_is_better=False, points=False),
+        Metric("rouge1", "ROUGE-1"),
+        Metric("rouge2", "ROUGE-2"),
+        Metric("rougeL", "ROUGE-L"),
+        Metric("exact_match", "exact match"),
+        Metric("token_f1", "token F1"),
+        Metric("bleu", "BLEU"),
+        Metric("chrf", "chrF"),
+    )
 }
 
 MAIN: dict[TaskName, str] = {"classification": "accuracy", "regression": "spearman", "causal-lm": "perplexity", "seq2seq": "rougeL"}
@@ -57,10 +83,15 @@ def classification(logits: Floats, labels: Integers) -> dict[str, float]:
 
 def cross_entropy(logits: Floats, labels: Integers) -> float:
     """Mean of log sum exp(logits) - logits[label], in nats."""
+    return float(row_entropies(logits, labels).mean())
+
+
+def row_entropies(logits: Floats, labels: Integers) -> Floats:
+    """The cross-entropy of each row [n], float64."""
     wide = logits.astype(np.float64)
     top = wide.max(axis=1, keepdims=True)
-    total = np.log(np.exp(wide - top).sum(axis=1)) + top[:, 0]
-    return float((total - wide[np.arange(labels.size), labels]).mean())
+    total: Floats = np.log(np.exp(wide - top).sum(axis=1)) + top[:, 0]
+    return total - wide[np.arange(labels.size), labels]
 
 
 def regression(predicted: Floats, wanted: Floats) -> dict[str, float]:
@@ -81,10 +112,35 @@ def language(nats: Floats, tokens: Integers) -> dict[str, float]:
 
 
 def generation(predicted: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """Mean F-measure of ROUGE-1, -2 and -L (words of Latin letters and digits, no stemming), and the share that is equal but for outer spaces."""
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = needed("rouge_score.rouge_scorer", "sterna[train]").RougeScorer(kinds, use_stemmer=False)
+    """The means of `rouge` and `exact_match`."""
+    means = {kind: float(values.mean()) for kind, values in rouge(predicted, wanted).items()}
+    return {**means, "exact_match": float(exact_match(predicted, wanted).mean())}
+
+
+def rouge(predicted: Sequence[str], wanted: Sequence[str], kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL")) -> dict[str, Floats]:
+    """The F-measure of each row [n] by ROUGE-1, -2 and -L (words of Latin letters and digits, no stemming)."""
+    scorer = needed("rouge_score.rouge_scorer", "sterna[train]").RougeScorer(list(kinds), use_stemmer=False)
     scores = [scorer.score(target, text) for text, target in zip(predicted, wanted, strict=True)]
-    means = {kind: float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
-    same = [text.strip() == target.strip() for text, target in zip(predicted, wanted, strict=True)]
-    return {**means, "exact_match": float(np.mean(same))}
+    return {kind: np.array([score[kind].fmeasure for score in scores]) for kind in kinds}
+
+
+def exact_match(predicted: Sequence[str], wanted: Sequence[str]) -> NDArray[np.bool_]:
+    """Which rows [n] are equal but for outer spaces."""
+    return np.array([text.strip() == target.strip() for text, target in zip(predicted, wanted, strict=True)])
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def token_f1(predicted: Sequence[str], wanted: Sequence[str]) -> Floats:
+    """The F1 of each row's words [n], as SQuAD's (arXiv 1606.05250) counts them: lower case, no punctuation, no articles, words by spaces.
+
+    2 * shared / (predicted + wanted), shared counted with repeats; two rows without words are equal.
+    """
+    found = []
+    for text, target in zip(predicted, wanted, strict=True):
+        ours, theirs = (Counter(_ARTICLES.sub(" ", side.lower().translate(_NO_PUNCTUATION)).split()) for side in (text, target))
+        total = ours.total() + theirs.total()
+        found.append(2 * (ours & theirs).total() / total if total else 1.0)
+    return np.array(found)
