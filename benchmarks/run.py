@@ -5,7 +5,7 @@
     python benchmarks/run.py --tables        # none: only the tables again, from the results that are there
     python benchmarks/run.py --check         # exit code 1 where a table is not what the results say
 
-The long ones (causal_lm_training by name; accuracy.py and pafi_ternary.py by themselves) go on where they were stopped; their tables are written too.
+The long ones (causal_lm_training by name; accuracy.py, pafi_ternary.py and merge_scores.py by themselves) go on where they were stopped; their tables are written too.
 Needs what `python -m sterna.demo.assets --all` fetches, the demo's training (made where it is not cached) and, for the causal language model, gguf.
 """
 
@@ -45,7 +45,7 @@ NAMES = (
 )
 LONG = ("causal_lm_training",)
 """Run where they are named."""
-APART = ("accuracy", "pafi_ternary")
+APART = ("accuracy", "pafi_ternary", "merge_scores")
 """Run by their own commands, with results of their own kind and a `tables()` that tells them as Markdown."""
 PASSED_ON = ("--base", "--tuned", "--causal-lm")
 ALONE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
