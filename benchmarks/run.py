@@ -5,7 +5,7 @@
     python benchmarks/run.py --tables        # none: only the tables again, from the results that are there
     python benchmarks/run.py --check         # exit code 1 where a table is not what the results say
 
-The long ones (causal_lm_training by name; accuracy.py, pafi_ternary.py and merge_scores.py by themselves) go on where they were stopped; their tables are written too.
+The long ones (causal_lm_training by name; those in APART by themselves) go on where they were stopped; their tables are written too.
 Needs what `python -m sterna.demo.assets --all` fetches, the demo's training (made where it is not cached) and, for the causal language model, gguf.
 """
 
