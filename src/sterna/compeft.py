@@ -2,21 +2,23 @@
 
 The vector tau is given in pieces, in order, that can be read again and again: gamma keeps the sign of the min(non-zeros, floor(density * d))
 entries of largest |tau|, ties cut by lowest flat index; lambda = alpha * std(tau), unbiased, over the whole vector. It is read three times and
-never held: upper bits and sums, lower bits, levels.
+never held: upper bits and sums (`survey`, which serves every density and scale), lower bits, levels (`coded_levels`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import IO
 
 import numpy as np
 
-from sterna.codings import PADDING, U8, Coding
+from sterna.codings import I64, PADDING, U8, Coding
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert.changes import Ternary
 from sterna.numbers import moments, selection
@@ -24,6 +26,49 @@ from sterna.numbers.selection import kept_entries
 from sterna.progress import Progress
 from sterna.streaming import Chunk, Histogram, chunks_of, ordered, scratch
 from sterna.taskvector import Piece
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """What one reading of some pieces tells of them: how many magnitudes have which upper 16 bits, and each chunk's sum and sum of squares.
+
+    `upper` (int64) counts from the bin `first` on; the bins below and beyond it are empty.
+    """
+
+    pieces: tuple[Piece, ...]
+    first: int
+    upper: I64
+    sums: tuple[tuple[float, float], ...]
+
+    @property
+    def entries(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def squares(self) -> float:
+        """Sum of squares."""
+        return float(sum(squares for _, squares in self.sums))
+
+    @property
+    def deviation(self) -> float:
+        """The unbiased standard deviation."""
+        return moments.standard_deviation(self.entries, float(sum(total for total, _ in self.sums)), self.squares)
+
+    @property
+    def histogram(self) -> I64:
+        """int64[65536], the counts of all bins."""
+        whole = np.zeros(selection.UPPER_BINS, np.int64)
+        whole[self.first : self.first + self.upper.size] = self.upper
+        return whole
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Budget:
+    """Pieces under one threshold: the `kept` largest magnitudes of them all keep their signs, and those of piece i are worth scales[i] (float32)."""
+
+    survey: Survey
+    kept: int
+    scales: tuple[float, ...]
 
 
 def check_options(density: float, alpha: float) -> None:
@@ -40,38 +85,27 @@ def ternarize(
 
     Streams go to a temporary file that has no name. Raises InvalidArgument for NaN or infinity in a piece, CannotWrite where the disk is full.
     """
-    groups = [[piece] for piece in pieces] if per_tensor else [list(pieces)]
-    total = sum(piece.size for piece in pieces)
-    done = 0
-
-    def advance(entries: int) -> None:
-        nonlocal done
-        done += entries
-        progress("compress", done, 3 * total, "parameters")
-
-    with tempfile.TemporaryFile() as file:
-        placed: list[tuple[Piece, float, int, int]] = []
-        squares = 0.0
-        for group in groups:
-            threshold, deviation, group_squares = _survey(group, density, advance)
-            squares += group_squares
-            if alpha * deviation > float(np.finfo(np.float32).max):
-                raise InvalidArgument(f"the scale alpha * std is {alpha * deviation:g}, beyond float32: a broken tuned model, or a huge alpha")
-            scale = float(np.float32(alpha * deviation))
-            for piece, start, stop in _write_streams(group, threshold, coding, file, advance):
-                placed.append((piece, scale, start, stop))
-        try:
-            file.write(bytes(PADDING))
-            file.flush()
-        except OSError as error:
-            raise no_room(error) from error
-        data: U8 = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    return [Ternary.open(piece.shape, scale, coding, data, start, stop) for piece, scale, start, stop in placed], math.sqrt(squares)
+    advance = _counter(progress, 3 * sum(piece.size for piece in pieces))
+    surveys = [survey([piece], advance) for piece in pieces] if per_tensor else [survey(pieces, advance)]
+    levels = coded_levels([compeft(found, density, alpha) for found in surveys], coding, advance)
+    return levels, math.sqrt(sum(found.squares for found in surveys))
 
 
-def _survey(pieces: Sequence[Piece], density: float, advance: Callable[[int], None]) -> tuple[selection.Threshold, float, float]:
-    """Threshold, standard deviation and sum of squares of the vector that the pieces make up."""
-    chunks = [chunk for piece in pieces for chunk in chunks_of(piece)]
+def compeft(surveyed: Survey, density: float, alpha: float) -> Budget:
+    """floor(density * d) entries, all worth alpha * std: the method over the pieces of a survey."""
+    scale = float32_scale(alpha * surveyed.deviation)
+    return Budget(surveyed, kept_entries(density, surveyed.entries), (scale,) * len(surveyed.pieces))
+
+
+def float32_scale(scale: float) -> float:
+    """The scale rounded to float32. Raises InvalidArgument where it does not fit."""
+    if scale > float(np.finfo(np.float32).max):
+        raise InvalidArgument(f"the scale alpha * std is {scale:g}, beyond float32: a broken tuned model, or a huge alpha")
+    return float(np.float32(scale))
+
+
+def survey(pieces: Sequence[Piece], advance: Callable[[int], None] = lambda entries: None) -> Survey:
+    """Read the pieces once. `advance` is told how many entries are done. Raises InvalidArgument for NaN or infinity."""
     upper = Histogram(selection.UPPER_BINS)
 
     def first(chunk: Chunk) -> tuple[float, float]:
@@ -82,22 +116,65 @@ def _survey(pieces: Sequence[Piece], density: float, advance: Callable[[int], No
         selection.count_upper(tau, upper.mine())
         return sums
 
-    total = squares = 0.0
-    for chunk, sums in ordered(first, chunks):
-        total += sums[0]
-        squares += sums[1]
+    found = []
+    for chunk, sums in ordered(first, [chunk for piece in pieces for chunk in chunks_of(piece)]):
+        found.append(sums)
         advance(chunk.size)
-    entries = sum(piece.size for piece in pieces)
-    wanted = kept_entries(density, entries)
-    upper_bin, above = selection.locate_upper(upper.total(), wanted)
+    whole = upper.total()
+    used = np.flatnonzero(whole)
+    low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+    return Survey(tuple(pieces), low, whole[low:high].copy(), tuple(found))
+
+
+def joined(surveys: Sequence[Survey]) -> Survey:
+    """The survey of all their pieces together."""
+    whole = sum((found.histogram for found in surveys), start=np.zeros(selection.UPPER_BINS, np.int64))
+    pieces = tuple(piece for found in surveys for piece in found.pieces)
+    return Survey(pieces, 0, whole, tuple(itertools.chain.from_iterable(found.sums for found in surveys)))
+
+
+def coded_levels(budgets: Sequence[Budget], coding: Coding, advance: Callable[[int], None] = lambda entries: None) -> list[Ternary]:
+    """The coded levels of every piece of the budgets, in order, in one temporary file without a name. `advance` counts every entry twice.
+
+    Raises CannotWrite where the disk is full.
+    """
+    with tempfile.TemporaryFile() as file:
+        placed: list[tuple[Piece, float, int, int]] = []
+        for budget in budgets:
+            threshold = _threshold(budget, advance)
+            written = _write_streams(budget.survey.pieces, threshold, coding, file, advance)
+            placed += [(piece, scale, start, stop) for scale, (piece, start, stop) in zip(budget.scales, written, strict=True)]
+        try:
+            file.write(bytes(PADDING))
+            file.flush()
+        except OSError as error:
+            raise no_room(error) from error
+        data: U8 = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    return [Ternary.open(piece.shape, scale, coding, data, start, stop) for piece, scale, start, stop in placed]
+
+
+def _threshold(budget: Budget, advance: Callable[[int], None]) -> selection.Threshold:
+    """The exact threshold of a budget: the lower bits of the one bin that holds it are counted in another reading."""
+    upper_bin, above = selection.locate_upper(budget.survey.histogram, budget.kept)
     lower = Histogram(selection.LOWER_BINS)
 
     def second(chunk: Chunk) -> None:
         selection.count_lower(chunk.read(), upper_bin, lower.mine())
 
-    for chunk, _ in ordered(second, chunks):
+    for chunk, _ in ordered(second, [chunk for piece in budget.survey.pieces for chunk in chunks_of(piece)]):
         advance(chunk.size)
-    return selection.locate(upper_bin, above, lower.total(), wanted), moments.standard_deviation(entries, total, squares), squares
+    return selection.locate(upper_bin, above, lower.total(), budget.kept)
+
+
+def _counter(progress: Progress, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def advance(entries: int) -> None:
+        nonlocal done
+        done += entries
+        progress("compress", done, total, "parameters")
+
+    return advance
 
 
 def _write_streams(
