@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from sterna.errors import AlreadyAttached, PatchError, Unsupported, WrongBase, WrongModel
-from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, Masked, Multiply, Set, coded_shapes, needs_base, touched
+from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, LowRank, Masked, Multiply, Product, Set, coded_shapes, needs_base, touched
 from sterna.expert.expert import Expert, folded_shape, new_value, refuse_count
 from sterna.expert.heads import with_head
 from sterna.expert.palette import Palette
@@ -47,11 +48,41 @@ def attach(
     refuse_tuned(root)
     loaded = with_head(_loaded(expert), head)
     with _attaching:
-        if root in _patches:
-            raise AlreadyAttached("the model carries an expert already; swap it, detach it, or merge the two experts first")
-        patch = Patch(root, loaded, allow_narrower)
+        _refuse_attached(root)
+        patch = Patch(root, _plan(root, loaded, allow_narrower, None))
         _patches[root] = patch
     return patch
+
+
+Steps = Callable[[Mapping[str, Slot], Mapping[int, bytes]], Sequence[Step]]
+"""Makes steps of the live slots by base name and of their tensors' digests by id."""
+
+
+def hold(model: torch.nn.Module, experts: Sequence[Expert], steps: Steps, *, allow_narrower: bool = False) -> Patch:
+    """Put steps that write what many experts change onto a live model, whose base is each expert's: checked as `attach` does, and raises the same.
+
+    The patch's `renew` takes the steps again, once what they write has changed; `detach` restores the base.
+    """
+    root = unwrap(model)
+    refuse_tuned(root)
+    with _attaching:
+        _refuse_attached(root)
+        slots: dict[str, Slot] = {}
+        digests: dict[int, bytes] = {}
+        for expert in experts:
+            _, touched_slots, known = _checked(root, expert, allow_narrower, None)
+            slots.update(touched_slots)
+            digests.update(known)
+        with _plainly(slot.tensor for slot in slots.values()):
+            made = steps(slots, digests)
+        patch = Patch(root, _Plan(None, made, slots.values(), digests))
+        _patches[root] = patch
+    return patch
+
+
+def _refuse_attached(root: torch.nn.Module) -> None:
+    if root in _patches:
+        raise AlreadyAttached("the model carries an expert already; swap it, detach it, or merge the two experts first")
 
 
 @contextlib.contextmanager
@@ -75,17 +106,17 @@ def attached_to(model: torch.nn.Module) -> Patch | None:
 class Patch:
     """An expert that is on a live model. Made by `attach`."""
 
-    def __init__(self, root: torch.nn.Module, expert: Expert, allow_narrower: bool) -> None:
+    def __init__(self, root: torch.nn.Module, plan: _Plan) -> None:
         self._root = weakref.ref(root)
         self._lock = ReadWriteLock()
         self._on: _Plan | None = None
-        plan = _plan(root, expert, allow_narrower, None)
         _apply(plan)
         self._on = plan
 
     def __repr__(self) -> str:
-        state = f"{self._on.expert.facts.base.name!r} expert" if self._on else "detached"
-        return f"<sterna.Patch: {state}>"
+        if self._on is None:
+            return "<sterna.Patch: detached>"
+        return f"<sterna.Patch: {self._on.expert.facts.base.name!r} expert>" if self._on.expert else "<sterna.Patch: a pool of experts>"
 
     @property
     def attached(self) -> bool:
@@ -94,8 +125,11 @@ class Patch:
 
     @property
     def expert(self) -> Expert:
-        """The expert that is on the model now. Raises PatchError after detach."""
-        return self._now().expert
+        """The expert that is on the model now. Raises PatchError after detach, and where a pool of experts is on."""
+        expert = self._now().expert
+        if expert is None:
+            raise PatchError("a pool of experts is on the model, not one expert")
+        return expert
 
     @property
     def undo_bytes(self) -> int:
@@ -132,6 +166,18 @@ class Patch:
                 raise
             self._on = new
 
+    def renew(self) -> None:
+        """Take the steps again, over what they wrote; no reader sees anything between. Raises PatchError where somebody else wrote meanwhile."""
+        with self._lock.writing():
+            plan = self._now()
+            _refuse_changed(plan)
+            with _plainly(plan.touched):
+                try:
+                    for step in plan.steps:
+                        step.apply()
+                finally:
+                    _settle(plan)
+
     def detach(self, *, force: bool = False) -> None:
         """Restore the base to the bit.
 
@@ -162,12 +208,13 @@ class Patch:
 class _Plan:
     """Everything that attaching one expert to one model does, worked out before anything is changed."""
 
-    def __init__(self, expert: Expert, steps: Sequence[Step], slots: Iterable[Slot], digests: dict[int, bytes]) -> None:
-        self.expert = expert
+    def __init__(self, expert: Expert | None, steps: Sequence[Step], slots: Iterable[Slot], digests: Mapping[int, bytes]) -> None:
+        self.expert = expert  # None: the steps are of many
         self.steps = steps
         self.slots = list({id(slot.tensor): slot for slot in slots}.values())
         self.touched = [slot.tensor for slot in self.slots]
-        self.base_digests = digests  # by position in `touched`
+        known = {position: digests.get(id(tensor)) for position, tensor in enumerate(self.touched)}
+        self.base_digests = {position: digest for position, digest in known.items() if digest is not None}
         self.state: list[_State] = []
 
     @property
@@ -191,7 +238,7 @@ class _State(NamedTuple):
 
 def _apply(plan: _Plan) -> None:
     try:
-        with _plainly(plan):
+        with _plainly(plan.touched):
             for step in plan.steps:
                 step.apply()
         _patched.update(dict.fromkeys(map(id, plan.touched), weakref.ref(plan)))
@@ -204,7 +251,7 @@ def _apply(plan: _Plan) -> None:
 def _revert(plan: _Plan) -> None:
     """Undo whatever of the plan is on the model."""
     try:
-        with _plainly(plan):
+        with _plainly(plan.touched):
             for step in reversed(plan.steps):
                 step.revert()
         for tensor in plan.touched:
@@ -214,12 +261,12 @@ def _revert(plan: _Plan) -> None:
 
 
 @contextlib.contextmanager
-def _plainly(plan: _Plan) -> Iterator[None]:
+def _plainly(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     """Without autograd, inference tensors or autocast, whatever the caller has switched on."""
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())
-        for kind in {tensor.device.type for tensor in plan.touched}:
+        for kind in {tensor.device.type for tensor in tensors}:
             if torch.amp.is_autocast_available(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
         yield
@@ -265,16 +312,8 @@ def _loaded(expert: Expert | str | os.PathLike[str]) -> Expert:
 
 def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _Plan | None) -> _Plan:
     """Check everything and work out the steps; `under` is the plan that is on the model now, and will be off before."""
-    adds = {change.name: change.levels.shape for change in expert.changes if isinstance(change, Add)}
-    names = expert.fingerprint.names
-    known = {change.name: coded_shapes(change)[0] for change in expert.changes if isinstance(change, Add | Lossless | Palette)}
-    live = live_weights(root, names, tuple(known.get(name) for name in names), under.originals if under else {})
-    refuse_quantized(root)
-    slots = _touched_slots(root, expert, live)
-    if any(_is_patched(slot.tensor, under) for slot in slots.values()):
-        raise AlreadyAttached("a part of the model, or a model that contains it, carries an expert already; detach it first")
-    digests = _check_base(expert, live, allow_narrower)
-    _refuse_ties(expert, slots)
+    live, slots, digests = _checked(root, expert, allow_narrower, under)
+    adds = [change.name for change in expert.changes if isinstance(change, Add)]
     steps: list[Step] = [_masked(change, slots, digests) for change in expert.changes if isinstance(change, Masked)]  # first: it reads the base
     steps += sparse_adds([slots[name].tensor for name in adds], expert.adds)
     lossless = [change for change in expert.changes if isinstance(change, Lossless)]
@@ -285,11 +324,25 @@ def _plan(root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _P
         steps.extend(_steps_of(change, slots, live))
     if expert.facts.config:
         steps.append(Configure(root, expert.facts.config))
-    plan = _Plan(expert, steps, slots.values(), {})
-    unknown = [tensor for tensor in plan.touched if tensor.dtype in NATIVE and id(tensor) not in digests]
+    return _Plan(expert, steps, slots.values(), digests)
+
+
+def _checked(
+    root: torch.nn.Module, expert: Expert, allow_narrower: bool, under: _Plan | None
+) -> tuple[LiveWeights, dict[str, Slot], dict[int, bytes]]:
+    """The model's weights by base name, the slots that an expert changes, and digests by id; raises where the expert cannot be put on."""
+    names = expert.fingerprint.names
+    known = {change.name: coded_shapes(change)[0] for change in expert.changes if isinstance(change, Add | Lossless | Palette)}
+    live = live_weights(root, names, tuple(known.get(name) for name in names), under.originals if under else {})
+    refuse_quantized(root)
+    slots = _touched_slots(root, expert, live)
+    if any(_is_patched(slot.tensor, under) for slot in slots.values()):
+        raise AlreadyAttached("a part of the model, or a model that contains it, carries an expert already; detach it first")
+    digests = _check_base(expert, live, allow_narrower)
+    _refuse_ties(expert, slots)
+    unknown = [slot.tensor for slot in slots.values() if slot.tensor.dtype in NATIVE and id(slot.tensor) not in digests]
     digests.update(zip(map(id, unknown), _digests.of(unknown), strict=True))
-    plan.base_digests.update((position, digests[id(tensor)]) for position, tensor in enumerate(plan.touched) if id(tensor) in digests)
-    return plan
+    return live, slots, digests
 
 
 def _touched_slots(root: torch.nn.Module, expert: Expert, live: LiveWeights) -> dict[str, Slot]:
@@ -346,8 +399,8 @@ def _shape_wanted(change: Change, name: str, slot: Slot) -> tuple[int, ...] | No
             return folded_shape(change, shape)
         case Lossless():
             return change.shape
-        case Factors():
-            out, inner = change.B.shape[0], change.A.size // max(change.A.shape[0], 1)
+        case Factors() | LowRank():
+            out, inner = change.B.shape[0], math.prod(change.A.shape[1:])
             flat = (inner, out) if change.transposed else (out, inner)
             agrees = shape == flat or (not change.transposed and shape[:1] == (out,) and slot.tensor.numel() == out * inner)
             return shape if agrees else flat
@@ -381,7 +434,7 @@ def _check_base(expert: Expert, live: LiveWeights, allow_narrower: bool) -> dict
     return {id(tensor): digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 
-def _steps_of(change: Factors | Multiply | Folded | Set | Palette, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
+def _steps_of(change: Product | Multiply | Folded | Set | Palette, slots: dict[str, Slot], live: LiveWeights) -> list[Step]:
     slot = slots[change.name]
     if isinstance(change, Palette):
         return [add_palette(slot.tensor, change)]
@@ -391,7 +444,7 @@ def _steps_of(change: Factors | Multiply | Folded | Set | Palette, slots: dict[s
         if alone or change.role == "rows" or slot.tensor.shape != change.value.shape:
             return [Replace([slot] if alone else sharing, partial(new_value, change, slot.tensor))]
         return [Overwrite(slot.tensor, partial(new_value, change), counts=False)]
-    if isinstance(change, Factors) and AddProduct.fits(slot.tensor):
+    if isinstance(change, Product) and AddProduct.fits(slot.tensor):
         return [AddProduct(slot.tensor, change)]
     counts = not isinstance(change, Folded)  # whose new value is rounded already
     return [Overwrite(slots[name].tensor, partial(new_value, change), counts) for name in touched(change)]
