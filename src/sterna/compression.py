@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sterna import __version__
 from sterna.codings import DEFAULT, by_name, default_coding
 from sterna.compeft import check_options, ternarize
 from sterna.errors import InvalidArgument, PairingError
-from sterna.expert.changes import Set
+from sterna.expert.changes import Change, Set
 from sterna.expert.container import is_expert
 from sterna.expert.expert import Expert
 from sterna.expert.facts import BaseFacts, Facts, Scope
 from sterna.expert.file import refuse_unwritable
+from sterna.expert.palette import Palette
 from sterna.fingerprint import HASHED_DTYPES, Fingerprint, fingerprint
 from sterna.lossless import Both, coded
 from sterna.precision import HeadPrecision, check_head, stored
@@ -72,9 +73,40 @@ def compress(
         raise InvalidArgument(f"scope is {scope!r}; expected 'global' or 'tensor'")
     chosen = by_name(coding)
     check_head(head)
-    ours = open_checkpoint(base)
     if lossless:
-        return _lossless(ours, tuned, given, exclude, dict(metadata or {}), warn, progress)
+        return _lossless(open_checkpoint(base), tuned, given, exclude, dict(metadata or {}), warn, progress)
+    matched = match(base, tuned, exclude=exclude, warn=warn, progress=progress)
+    exact = exact_changes(matched, head)
+    block = default_coding() if chosen.sequential is True else chosen
+    levels, norm = ternarize(matched.task.pieces, density=density, alpha=alpha, per_tensor=scope == "tensor", coding=block, progress=progress)
+    if chosen.sequential is True:
+        levels = recoded(levels, chosen, progress)
+    refuse_strangers(matched, norm, force, warn)
+    if not any(ternary.count for ternary in levels):
+        warn("the tuned model equals the base in every tensor that is compressed: the expert changes nothing there")
+    return expert_of(matched, matched.task.changes(levels), exact, density=density, alpha=alpha, scope=scope, metadata=metadata or {})
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """A base and what was tuned over it, brought together and ready to be compressed again and again. `before` is the exact expert that it was."""
+
+    base: Checkpoint
+    task: TaskVector
+    mark: Fingerprint
+    before: Expert | None
+
+
+def match(
+    base: Source,
+    tuned: Source | Expert,
+    *,
+    exclude: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda message: None,
+    progress: Progress = silent,
+) -> Matched:
+    """Bring the two together by name and hash the base. Raises as `compress` does."""
+    ours = open_checkpoint(base)
     before = trained_expert(tuned)
     if before is not None:
         task = trained(ours, before, exclude, progress)
@@ -83,24 +115,36 @@ def compress(
         task = _task_vector(ours, tuned, exclude)
     for warning in task.warnings:
         warn(warning)
-    exact = [stored(change, head) for change in task.exact]
+    return Matched(ours, task, before.fingerprint if before is not None else base_fingerprint(ours, progress), before)
+
+
+def exact_changes(matched: Matched, head: HeadPrecision) -> list[Set]:
+    """What is kept beside the levels, heads in that precision. Raises Unsupported or InvalidArgument for what a file cannot hold."""
+    exact = [stored(change, head) for change in matched.task.exact]
     for change in exact:
         refuse_unwritable(change)
-    mark = before.fingerprint if before is not None else base_fingerprint(ours, progress)
-    block = default_coding() if chosen.sequential is True else chosen
-    levels, norm = ternarize(task.pieces, density=density, alpha=alpha, per_tensor=scope == "tensor", coding=block, progress=progress)
-    if chosen.sequential is True:
-        levels = recoded(levels, chosen, progress)
-    if task.norm is not None:
-        _refuse_strangers(norm, task.norm(), force, warn)
-    if not any(ternary.count for ternary in levels):
-        warn("the tuned model equals the base in every tensor that is compressed: the expert changes nothing there")
-    changes = sorted([*task.changes(levels), *exact], key=lambda change: (change.name, isinstance(change, Set)))
+    return exact
+
+
+def expert_of(
+    matched: Matched,
+    changes: Sequence[Change],
+    exact: Sequence[Set],
+    *,
+    density: float,
+    alpha: float,
+    scope: Scope,
+    metadata: Mapping[str, Any],
+) -> Expert:
+    """The expert of coded changes and exact ones; under scope "global" all levels have one scale."""
+    before, task = matched.before, matched.task
+    scale = next((ternary.scale for change in changes if not isinstance(change, Palette) for ternary in change.ternaries), 0.0)
     how: dict[str, Any] = {"method": "compeft", "density": float(density), "alpha": float(alpha), "scope": scope, "writer": f"sterna {__version__}"}
-    how |= {"scale": levels[0].scale if scope == "global" else 0.0, "parameters": sum(piece.size for piece in task.pieces)}
+    how |= {"scale": scale if scope == "global" else 0.0, "parameters": sum(piece.size for piece in task.pieces)}
+    whole = tuple(sorted([*changes, *exact], key=lambda change: (change.name, isinstance(change, Set))))
     if before is not None:
-        return Expert(replace(before.facts, **how, metadata={**before.facts.metadata, **(metadata or {})}), mark, tuple(changes))
-    return Expert(_facts(ours, mark, task, dict(metadata or {}), how), mark, tuple(changes))
+        return Expert(replace(before.facts, **how, metadata={**before.facts.metadata, **metadata}), matched.mark, whole)
+    return Expert(_facts(matched.base, matched.mark, task, dict(metadata), how), matched.mark, whole)
 
 
 def _lossless(
@@ -168,7 +212,11 @@ def base_facts(base: Checkpoint, mark: Fingerprint) -> BaseFacts:
     return BaseFacts(name=base.label, fingerprint=mark.hex, parameters=parameters, revision=base.revision)
 
 
-def _refuse_strangers(norm: float, base_norm: float, force: bool, warn: Callable[[str], None]) -> None:
+def refuse_strangers(matched: Matched, norm: float, force: bool, warn: Callable[[str], None]) -> None:
+    """Raise PairingError (warn, under `force`) where a task vector of that norm is too large to be a fine-tune of the base."""
+    if matched.task.norm is None:
+        return
+    base_norm = matched.task.norm()
     ratio = norm / base_norm if base_norm else math.inf if norm else 0.0
     if ratio <= UNRELATED:
         return
