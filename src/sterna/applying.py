@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Factors, Folded, Joined, Lossless, Masked, Multiply, Set, Ternary, touched
+from sterna.expert.changes import Add, Factors, Folded, Joined, Lossless, LowRank, Masked, Multiply, Product, Set, Ternary, touched
 from sterna.expert.container import ITEM_BYTES, Part, safetensors_pieces
 from sterna.expert.expert import Expert, exact_bytes, folded_shape, masked_parts, masked_value, new_value, refuse_count
 from sterna.expert.file import CODES, load
@@ -73,9 +73,9 @@ def _write_peft(expert: Expert, folder: Path) -> None:
     base_prefix, tuned_prefix = expert.facts.prefixes
     for change in expert.changes:
         match change:
-            case Factors():
+            case Factors() | LowRank():
                 names = part_names(change.key, "embedding" if change.embedding else "lora")
-                tensors.update(zip(names, (_dense(change.A), _dense(change.B)), strict=True))
+                tensors.update(zip(names, _factors(change), strict=True))
             case Multiply():
                 tensors[part_names(change.key, "ia3")[0]] = 1 + _dense(change.vector)
             case Set(role="head" | "saved"):
@@ -86,6 +86,14 @@ def _write_peft(expert: Expert, folder: Path) -> None:
                 raise InvalidArgument(f"{change.name} is changed in a way that a PEFT folder cannot hold; use --merged (merged=True)")
     config = {**expert.facts.adapter, "base_model_name_or_path": expert.facts.base.name, "inference_mode": True}
     write_adapter(folder, config, tensors)
+
+
+def _factors(change: Product) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B as PEFT has them; B carries the scales of the single ranks."""
+    if isinstance(change, LowRank):
+        return change.A, change.B
+    B = _dense(change.B)
+    return _dense(change.A), B if change.ranks is None else B * change.ranks.reshape(1, -1, *[1] * (B.dim() - 2))
 
 
 def _dense(levels: Ternary) -> torch.Tensor:
@@ -157,7 +165,7 @@ class _Entries:
     part: torch.Tensor
 
 
-_Whole = Add | Factors | Multiply | Folded | Set | Lossless | Palette
+_Whole = Add | Product | Multiply | Folded | Set | Lossless | Palette
 
 
 def _entries(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> dict[str, _Entries]:

@@ -16,7 +16,7 @@ import torch
 from sterna import comparison
 from sterna.comparison import Overlap
 from sterna.errors import InvalidArgument
-from sterna.expert.changes import Add, Factors, Joined, Masked, Multiply, Ternary, needs_base, touched
+from sterna.expert.changes import Add, Factors, Joined, LowRank, Masked, Multiply, Ternary, needs_base, touched
 from sterna.expert.expert import DENSE_FREE, DENSE_RATIO
 from sterna.expert.facts import BaseFacts
 from sterna.expert.palette import Palette
@@ -185,7 +185,7 @@ def bitmasks(expert: Expert, names: Collection[str] | None = None) -> Bitmasks:
 def leveled(expert: Expert, names: Collection[str] | None = None) -> tuple[Leveled, ...]:
     """The changes (of those names) that are made of levels, in their order. Raises InvalidArgument for exact values of PaFi and HiWi."""
     picked = [change for change in expert.changes if names is None or change.name in names]
-    several = [change.name for change in picked if isinstance(change, Palette)]
+    several = [c.name for c in picked if isinstance(c, Palette | LowRank) or (isinstance(c, Factors) and c.ranks is not None)]
     if several:
         raise InvalidArgument(f"the expert has several magnitudes in {several[0]}, which two masks cannot hold: merge it with recompress first")
     exact = [change.name for change in picked if needs_base(change) and not change.ternaries]

@@ -1,4 +1,4 @@
-"""How an expert changes base tensors: seven kinds of change, all plain frozen data."""
+"""How an expert changes base tensors: nine kinds of change, all plain frozen data."""
 
 from __future__ import annotations
 
@@ -164,6 +164,7 @@ class Factors:
     `A` is [r, in] and `B` is [out, r] as PEFT stores them (convolutions: the trailing axes are flattened by the product);
     `transposed` says that the product is transposed before it is added (embeddings, and Conv1D weights stored [in, out]).
     `embedding` says that PEFT stores them as an embedding's. `key` is the module path inside the adapter file, without `base_model.model.`.
+    `ranks`, float32 [r], are scales of the single ranks, B @ diag(ranks) @ A: what several LoRA experts are in one.
     """
 
     name: str
@@ -173,6 +174,7 @@ class Factors:
     scaling: float
     transposed: bool = False
     embedding: bool = False
+    ranks: torch.Tensor | None = None
 
     @property
     def ternaries(self) -> tuple[Ternary, ...]:
@@ -180,7 +182,31 @@ class Factors:
 
     @property
     def exact(self) -> Exact:
+        return () if self.ranks is None else ((f"{self.name}.ranks", self.ranks),)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """base + B @ A, for merged LoRA experts whose factors are numbers: both float32, of the shapes that `Factors` has, as are the other fields."""
+
+    name: str
+    key: str
+    A: torch.Tensor
+    B: torch.Tensor
+    transposed: bool = False
+    embedding: bool = False
+
+    @property
+    def ternaries(self) -> tuple[Ternary, ...]:
         return ()
+
+    @property
+    def exact(self) -> Exact:
+        return ((f"{self.name}.A", self.A), (f"{self.name}.B", self.B))
+
+
+Product = Factors | LowRank
+"""What adds a product of two thin matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +368,7 @@ class Lossless:
         return ()
 
 
-Change = Add | Factors | Multiply | Set | Masked | Folded | Lossless | Palette
+Change = Add | Factors | LowRank | Multiply | Set | Masked | Folded | Lossless | Palette
 
 
 def exact_name(name: str, task: str) -> str:

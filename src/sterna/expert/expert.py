@@ -14,17 +14,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sterna.codings import I64
 from sterna.errors import InvalidArgument, WrongBase
-from sterna.expert.changes import Add, Change, Factors, Folded, Joined, Lossless, Masked, MaskRule, Multiply, Set, Ternary, coded_shapes
+from sterna.expert.changes import (
+    Add,
+    Change,
+    Factors,
+    Folded,
+    Joined,
+    Lossless,
+    LowRank,
+    Masked,
+    MaskRule,
+    Multiply,
+    Product,
+    Set,
+    Ternary,
+    coded_shapes,
+)
 from sterna.expert.facts import Facts
 from sterna.expert.palette import Palette
 from sterna.fingerprint import Fingerprint, require_base, tensor_digest
+from sterna.numbers.products import product_entries
 
 if TYPE_CHECKING:
     from sterna.bitmasks import Bitmasks
     from sterna.sources.checkpoint import Source
+
+F64 = NDArray[np.float64]
 
 DENSE_LIMIT = 8 << 30
 DENSE_FREE = 256 << 20
@@ -76,6 +95,12 @@ class Expert:
             match change:
                 case Factors():
                     sha.update(struct.pack("<d??", change.scaling, change.transposed, change.embedding))
+                    if change.ranks is not None:
+                        _add_tensor(sha, change.ranks)
+                case LowRank():
+                    sha.update(struct.pack("<??", change.transposed, change.embedding))
+                    _add_tensor(sha, change.A)
+                    _add_tensor(sha, change.B)
                 case Multiply():
                     sha.update(struct.pack("<B", change.axis))
                     _add_text(sha, change.bias or "")
@@ -151,14 +176,14 @@ class Expert:
     def task_vector(self, base: Source | None = None, *, max_bytes: int | None = None) -> dict[str, torch.Tensor]:
         """The dense float32 task vector by base name: what attaching adds to each tensor, before rounding to the live dtype.
 
-        All changes but `Add` and `Factors` are differences to the base, so they need `base` (a path, state dict or module); without it an expert that
+        All changes but `Add`, `Palette` and LoRA's are differences to the base, so they need `base` (a path, state dict or module); without it one that
         has them raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase),
         and so must all values where a mask is to be made of them.
         `max_bytes` limits what is allocated: by default the base's size in float32; without a base see DENSE_LIMIT.
         """
         tensors = self._base_tensors(base) if base is not None else None
         limit = max_bytes if max_bytes is not None else self._dense_limit() if tensors is None else sum(4 * t.numel() for t in tensors.values())
-        wanted = sum(4 * math.prod(_dense_shape(change)) for change in self.changes if isinstance(change, Add | Factors | Palette))
+        wanted = sum(4 * math.prod(_dense_shape(change)) for change in self.changes if isinstance(change, Add | Product | Palette))
         factors = max((4 * (change.A.size + change.B.size) for change in self.changes if isinstance(change, Factors)), default=0)
         if wanted > limit or factors > max(limit, DENSE_FREE):
             takes = max(wanted, factors)
@@ -175,7 +200,7 @@ class Expert:
                     dense[change.name] = torch.from_numpy(change.levels.levels().astype(np.float32)) * change.levels.scale
                 case Palette():
                     dense[change.name] = change.dense()
-                case Factors():
+                case Factors() | LowRank():
                     dense[change.name] = factor_product(change).reshape(_dense_shape(change) if tensors is None else tensors[change.name].shape)
                 case Multiply():
                     for name in (change.name, change.bias) if change.bias else (change.name,):
@@ -212,12 +237,32 @@ class Expert:
         return [known.get(name) for name in self.fingerprint.names]
 
 
-def factor_product(change: Factors, device: torch.device | str = "cpu") -> torch.Tensor:
-    """scaling * (B @ A), float32, transposed where the change says so. The levels multiply as integers, so the product is the same everywhere."""
-    A = torch.from_numpy(change.A.levels()).flatten(1).to(device, torch.float32)
-    B = torch.from_numpy(change.B.levels()).flatten(1).to(device, torch.float32)
-    product = (B @ A) * (change.A.scale * change.B.scale * change.scaling)
-    return product.T.contiguous() if change.transposed else product
+def factor_product(change: Product, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The product that a LoRA adds, float32, transposed where the change says so.
+
+    Levels multiply as integers, and products of other numbers are made in the order that the format states: the result is the same everywhere.
+    """
+    if isinstance(change, Factors) and change.ranks is None:
+        A = torch.from_numpy(change.A.levels()).flatten(1).to(device, torch.float32)
+        B = torch.from_numpy(change.B.levels()).flatten(1).to(device, torch.float32)
+        product = (B @ A) * (change.A.scale * change.B.scale * change.scaling)
+        return product.T.contiguous() if change.transposed else product
+    left, right = thin_matrices(change)
+    out = np.empty(left.shape[0] * right.shape[1], np.float32)
+    product_entries(left, right, 0, out)
+    return torch.from_numpy(out.reshape(left.shape[0], right.shape[1])).to(device)
+
+
+def thin_matrices(change: Product) -> tuple[F64, F64]:
+    """float64 [rows, r] and [r, columns], whose product is what the change adds, transposed where it says so."""
+    if isinstance(change, LowRank):
+        A, B = (factor.flatten(1).double().numpy() for factor in (change.A, change.B))
+    else:
+        A, B = (levels.levels().reshape(levels.shape[0], -1).astype(np.float64) for levels in (change.A, change.B))
+        B *= float(np.float32(change.A.scale * change.B.scale * change.scaling))
+        if change.ranks is not None:
+            B *= change.ranks.numpy()
+    return (np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)) if change.transposed else (B, A)
 
 
 def multiplier(change: Multiply, dimensions: int) -> torch.Tensor:
@@ -288,14 +333,14 @@ def masked_updates(change: Masked, tensors: Sequence[torch.Tensor]) -> dict[str,
     return dense
 
 
-def new_value(change: Factors | Multiply | Folded | Set | Lossless, old: torch.Tensor) -> torch.Tensor:
+def new_value(change: Product | Multiply | Folded | Set | Lossless, old: torch.Tensor) -> torch.Tensor:
     """What the change makes of a base tensor, before it is rounded to the base tensor's dtype: float32, but an exact tensor in its own dtype.
 
     A Folded one is rounded already, once, from float64. Raises InvalidFile where a Lossless one does not decode.
     """
     old = old.detach()
     match change:
-        case Factors():
+        case Factors() | LowRank():
             return old.float() + factor_product(change, old.device).reshape(old.shape)
         case Multiply():
             return old.float() * multiplier(change, old.dim()).to(old.device)
@@ -317,8 +362,8 @@ def exact_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def _dense_shape(change: Add | Factors | Palette) -> tuple[int, ...]:
-    if not isinstance(change, Factors):
+def _dense_shape(change: Add | Product | Palette) -> tuple[int, ...]:
+    if not isinstance(change, Product):
         return change.levels.shape
     out, inner = change.B.shape[0], change.A.shape[1:]
     return (math.prod(inner), out) if change.transposed else (out, *inner)
@@ -362,7 +407,7 @@ def refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) -> 
             wanted = change.shape
         case _:
             wanted = _dense_shape(change)
-    unfolded = isinstance(change, Factors) and not change.transposed and there[:1] == wanted[:1] and math.prod(there) == math.prod(wanted)
+    unfolded = isinstance(change, Product) and not change.transposed and there[:1] == wanted[:1] and math.prod(there) == math.prod(wanted)
     if there != wanted and not unfolded:
         raise WrongBase(f"the expert changes {change.name} with shape {wanted}; the base has {there}")
 

@@ -25,10 +25,12 @@ from sterna.expert.changes import (
     Factors,
     Folded,
     Lossless,
+    LowRank,
     Masked,
     MaskRule,
     Multiply,
     Order,
+    Product,
     Role,
     Set,
     Ternary,
@@ -52,8 +54,11 @@ _ROLES: tuple[Role, ...] = ("head", "buffer", "rows", "untied", "saved", "tuned"
 _ORDERS: tuple[Order, ...] = ("smallest", "largest", "random")
 _ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu", "identity")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_ADD, _FACTORS, _MULTIPLY, _SET, _MASKED, _FOLDED, _LOSSLESS, _PALETTE = range(8)
-_KINDS = {Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED, Lossless: _LOSSLESS, Palette: _PALETTE}
+_ADD, _FACTORS, _MULTIPLY, _SET, _MASKED, _FOLDED, _LOSSLESS, _PALETTE, _LOW_RANK = range(9)
+_KINDS = {
+    Add: _ADD, Factors: _FACTORS, Multiply: _MULTIPLY, Set: _SET, Masked: _MASKED, Folded: _FOLDED, Lossless: _LOSSLESS, Palette: _PALETTE,
+    LowRank: _LOW_RANK,
+}  # fmt: skip
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -106,7 +111,7 @@ def write_table(fingerprint: Fingerprint, changes: Iterable[Change], scaled: boo
 
 
 def _refuse_unreadable(fingerprint: Fingerprint, changes: tuple[Change, ...]) -> None:
-    keys = [change.key for change in changes if isinstance(change, Factors | Multiply)]
+    keys = [change.key for change in changes if isinstance(change, Product | Multiply)]
     for name in (*fingerprint.names, *(change.name for change in changes), *_biases(changes), *keys):
         if fault := name_fault(name):
             raise InvalidArgument(f"the name {name[:80]!r} {fault}, which an expert cannot hold")
@@ -170,13 +175,19 @@ def _put_row(
         case Factors():
             scaling = struct.pack("<d", change.scaling)
             known, same = change.key == before.key(change.name), scaling == before.scaling
-            _put(out, change.transposed | change.embedding << 1 | known << 2 | same << 3)
+            _put(out, change.transposed | change.embedding << 1 | known << 2 | same << 3 | (change.ranks is not None) << 4)
             if not known:
                 _put_text(out, change.key)
             if not same:
                 out += scaling
             before.learn(change.name, change.key)
             before.scaling = scaling
+        case LowRank():
+            known = change.key == before.key(change.name)
+            _put(out, change.transposed | change.embedding << 1 | known << 2)
+            if not known:
+                _put_text(out, change.key)
+            before.learn(change.name, change.key)
         case Multiply():
             known = change.key == before.key(change.name)
             _put(out, change.axis, (change.bias is not None) | known << 1)
@@ -330,6 +341,18 @@ def _change_fault(change: Change) -> str | None:
     match change:
         case Palette():
             return palette_fault(change)
+        case Factors(ranks=torch.Tensor() as ranks):
+            if ranks.dtype != torch.float32 or ranks.shape != change.A.shape[:1] or not bool(torch.isfinite(ranks).all()):
+                return f"has scales {ranks.dtype} {tuple(ranks.shape)} of its {change.A.shape[0]} ranks; expected as many finite float32 numbers"
+            if abs(change.scaling) * change.A.scale * change.B.scale * float(ranks.double().abs().sum()) > _LARGEST_FLOAT32:
+                return "has scales of its ranks whose sum float32 cannot hold"
+        case LowRank(A=A, B=B):
+            fits = A.dim() >= 2 and B.dim() >= 2 and A.shape[0] == B.shape[1] and math.prod(B.shape[2:]) == 1 and A.numel() and B.numel()
+            if A.dtype != torch.float32 or B.dtype != torch.float32 or not fits or B.shape[0] * (A.numel() // A.shape[0]) > MAX_ENTRIES:
+                return f"has factors {A.dtype} {tuple(A.shape)} and {B.dtype} {tuple(B.shape)}; expected [r, in] and [out, r] in float32, none empty"
+            largest = float(A.abs().max()) * float(B.abs().max()) * A.shape[0]
+            if not largest <= _LARGEST_FLOAT32:
+                return f"has factors whose product may reach {largest}, which float32 cannot hold"
         case Set(task=str() as task) if task and (change.role != "head" or name_fault(task)):
             return f"is a {change.role} of the task {task[:80]!r}; only a head has a task, named by printable text that is no path"
         case Set(scales=torch.Tensor() as scales, value=value):
@@ -375,7 +398,7 @@ def _rows_fault(changes: Sequence[Change]) -> str | None:
 
 def _rows_after_add(first: Change, second: Change) -> bool:
     """The one pair of changes that may share a name: an embedding's old rows, then those it gained."""
-    return first.name == second.name and isinstance(first, Add | Factors | Multiply | Lossless) and isinstance(second, Set) and second.role == "rows"
+    return first.name == second.name and isinstance(first, Add | Product | Multiply | Lossless) and isinstance(second, Set) and second.role == "rows"
 
 
 def _other_task(first: Change, second: Change) -> bool:
@@ -416,7 +439,7 @@ def _key(reader: _Reader, before: _Before, name: str, known: bool) -> str:
 
 
 def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Streams, exact: Callable[[str], torch.Tensor]) -> Change:
-    kind = reader.number(_PALETTE, "kind of change")
+    kind = reader.number(_LOW_RANK, "kind of change")
     number = reader.number(len(names), "name")
     name = names[number - 1] if number else reader.name("name")
     if kind == _ADD:
@@ -427,19 +450,29 @@ def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Str
             raise InvalidFile(f"the table's change of {name} {fault}")
         return palette
     if kind == _FACTORS:
-        flags = reader.number(15, "flags")
+        flags = reader.number(31, "flags")
         key = _key(reader, before, name, bool(flags & 4))
         if flags & 8 and before.scaling is None:
             raise InvalidFile(f"the table's scaling of {name} is to be that of the row before, which has none")
         scaling: float = struct.unpack("<d", before.scaling)[0] if flags & 8 and before.scaling else reader.floating("<d", "scaling")
         before.scaling = struct.pack("<d", scaling)
-        change = Factors(name, key, streams.ternary(reader), streams.ternary(reader), scaling, bool(flags & 1), bool(flags & 2))
+        ranks = exact(f"{name}.ranks") if flags & 16 else None
+        change = Factors(name, key, streams.ternary(reader), streams.ternary(reader), scaling, bool(flags & 1), bool(flags & 2), ranks)
         A, B = change.A, change.B
         if len(A.shape) < 2 or len(B.shape) < 2 or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1 or not A.size or not B.size:
             raise InvalidFile(f"the factors of {name} have shapes {A.shape} and {B.shape}; expected [r, in] and [out, r], none of them empty")
         if B.shape[0] * (A.size // A.shape[0]) > MAX_ENTRIES or abs(scaling) * A.scale * B.scale > _LARGEST_FLOAT32:
             raise InvalidFile(f"the product of the factors of {name} has more than 2^48 entries, or values that float32 cannot hold")
+        if fault := _change_fault(change):
+            raise InvalidFile(f"the table's change of {name} {fault}")
         return change
+    if kind == _LOW_RANK:
+        flags = reader.number(7, "flags")
+        key = _key(reader, before, name, bool(flags & 4))
+        low = LowRank(name, key, exact(f"{name}.A"), exact(f"{name}.B"), bool(flags & 1), bool(flags & 2))
+        if fault := _change_fault(low):
+            raise InvalidFile(f"the table's change of {name} {fault}")
+        return low
     if kind == _MULTIPLY:
         axis = reader.number(MAX_DIMENSIONS - 1, "axis")
         flags = reader.number(3, "flags")

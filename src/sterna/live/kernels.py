@@ -13,6 +13,7 @@ from numba.extending import intrinsic, overload
 
 from sterna.codings.fast import SLACK, open_block, place_group
 from sterna.numbers.machine import add8, load16, load32, population, prefetch, put8, store16
+from sterna.numbers.products import product_entries
 
 FLOAT, BF16, FP16 = range(3)
 """How a live word is read: as the float that it is, or as the bits of a 16-bit float."""
@@ -218,6 +219,29 @@ def add_product(live, A, B, scale, kind):
             same += (row[j] != 0) & (new == old)
         updates += changed
         lost += same
+    return updates, lost
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def add_factors(live, A, B, kind):
+    """`add_product` of float64 matrices: an entry of the product is made as `product_entries` makes it, and rounded to float32."""
+    updates = lost = 0
+    row = np.empty(A.shape[1], np.float32)
+    for i in range(B.shape[0]):
+        product_entries(B[i : i + 1], A, 0, row)
+        for j in range(row.size):
+            if row[j] == 0:
+                continue
+            old = live[i, j]
+            if kind == FLOAT:
+                new = live.dtype.type(np.float32(old) + row[j])
+            elif kind == BF16:
+                new = live.dtype.type(float_to_bf16(bf16_to_float(np.uint16(old)) + row[j]))
+            else:
+                new = live.dtype.type(float_to_fp16(fp16_to_float(np.uint16(old)) + row[j]))
+            live[i, j] = new
+            updates += 1
+            lost += new == old
     return updates, lost
 
 

@@ -13,10 +13,10 @@ from numpy.typing import DTypeLike
 
 from sterna.codings import I64
 from sterna.codings.fast import FAST, not_sound
-from sterna.expert.changes import Factors, Joined, Masked, Ternary
-from sterna.expert.expert import masked_parts, masked_value
+from sterna.expert.changes import Factors, Joined, Masked, Product, Ternary
+from sterna.expert.expert import masked_parts, masked_value, thin_matrices
 from sterna.live.device import AddMasks
-from sterna.live.kernels import BF16, FLOAT, FP16, add_product, write_blocks
+from sterna.live.kernels import BF16, FLOAT, FP16, add_factors, add_product, write_blocks
 
 NATIVE = {torch.float32: (np.float32, FLOAT), torch.float64: (np.float64, FLOAT), torch.bfloat16: (np.uint16, BF16), torch.float16: (np.uint16, FP16)}
 """numpy's view of each live dtype, and how the kernels compute with it."""
@@ -127,9 +127,9 @@ class ScatteredAdd:
 
 
 class AddProduct:
-    """The product of a LoRA's coded factors added to one tensor in plain CPU memory, row by row, without making the product."""
+    """The product of a LoRA's factors added to one tensor in plain CPU memory, row by row, without making the product."""
 
-    def __init__(self, tensor: torch.Tensor, change: Factors) -> None:
+    def __init__(self, tensor: torch.Tensor, change: Product) -> None:
         self._tensor = tensor
         self._change = change
         self._saved: torch.Tensor | None = None
@@ -142,18 +142,26 @@ class AddProduct:
         return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in NATIVE and tensor.dtype != torch.float64
 
     def apply(self) -> None:
+        words, kind = NATIVE[self._tensor.dtype]
+        tensor = self._tensor.detach()
+        live = tensor.view(torch.int16).numpy().view(words) if kind != FLOAT else tensor.numpy()
+        self._saved = tensor.clone()
+        self.updates, self.swallowed = self._added(live, kind)
+        torch.autograd.graph.increment_version([self._tensor])
+
+    def _added(self, live: np.ndarray, kind: int) -> tuple[int, int]:
         change = self._change
+        if not isinstance(change, Factors) or change.ranks is not None:
+            left, right = thin_matrices(change)
+            updates, swallowed = add_factors(live.reshape(left.shape[0], -1), right, left, kind)
+            return updates, swallowed
         A = change.A.levels().reshape(change.A.shape[0], -1)
         B = change.B.levels().reshape(change.B.shape[0], -1)
         if change.transposed:
             A, B = np.ascontiguousarray(B.T), np.ascontiguousarray(A.T)
-        words, kind = NATIVE[self._tensor.dtype]
-        tensor = self._tensor.detach()
-        live = tensor.view(torch.int16).numpy().view(words) if kind != FLOAT else tensor.numpy()
         scale = np.float32(change.A.scale * change.B.scale * change.scaling)
-        self._saved = tensor.clone()
-        self.updates, self.swallowed = add_product(live.reshape(B.shape[0], -1), A, B, scale, kind)
-        torch.autograd.graph.increment_version([self._tensor])
+        updates, swallowed = add_product(live.reshape(B.shape[0], -1), A, B, scale, kind)
+        return updates, swallowed
 
     def revert(self) -> None:
         if self._saved is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy as np
 
 from sterna import __version__
 from sterna.errors import InvalidArgument, SternaError
-from sterna.expert.changes import Add, Change, Masked, Set, touched
+from sterna.expert.changes import Add, Change, Factors, LowRank, Masked, Product, Set, touched
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import Facts
 from sterna.expert.palette import Palette
 from sterna.merging.emitting import How, Task, merged
 from sterna.merging.exact import Shares, Slot, merge_slots, require_base_given, slot_fault, slots_of
+from sterna.merging.lora import form_of, loss_record, merge_products, product_entries_of
 from sterna.merging.parents import Leveled, Part, dropped, part_of, threshold, trimmed
-from sterna.merging.recipe import Model, Recipe, of_arguments, parse, read_recipe
+from sterna.merging.products import Products, adapter_config, product_fault
+from sterna.merging.recipe import RECOMPRESS, Model, Recipe, of_arguments, parse, read_recipe
 from sterna.merging.recompress import recompressed
 from sterna.merging.registry import Semantics
 from sterna.merging.schedule import layers_of
@@ -88,6 +90,7 @@ class Opened:
     task: str
     changes: Mapping[str, Leveled]
     slots: Mapping[str, Slot]
+    products: Mapping[str, Product]
 
 
 def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, progress: Progress = silent, base: Source | None = None) -> Expert:
@@ -103,13 +106,18 @@ def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, prog
     total = sum(change.levels.size for change in {name: change for parent in parents for name, change in parent.changes.items()}.values())
     made = merged(_tasks(recipe, parents, warn), total, how, progress)
     slots = _merged_slots(recipe, parents, how, base, progress)
+    products, losses = merge_products(recipe, _products(parents), how, progress)
+    total += product_entries_of(products)
     total += sum(slot.rule.count if isinstance(slot, Masked) else slot.value.numel() for slot in slots if isinstance(slot, Masked | Set))
     if recipe.recompress is not None:
         made = recompressed(made, recipe.recompress["density"], recipe.recompress["alpha"], progress)
     changes = sorted(
-        [*made, *slots, *exact], key=lambda change: (change.name, isinstance(change, Set), change.task if isinstance(change, Set) else "")
+        [*made, *slots, *products, *exact], key=lambda change: (change.name, isinstance(change, Set), change.task if isinstance(change, Set) else "")
     )
-    return Expert(_facts(recipe, parents, heads, total), parents[0].expert.fingerprint, tuple(changes))
+    facts = _facts(recipe, parents, heads, total)
+    if products:
+        facts = _facts_of_products(facts, recipe, parents, products, loss_record(losses))
+    return Expert(facts, parents[0].expert.fingerprint, tuple(changes))
 
 
 def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress: Progress, base: Source | None) -> Opened | None:
@@ -128,13 +136,15 @@ def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress:
         faults.add(model.place, f"{told}: another expert")
     held = expert.facts.metadata.get("task")
     task = model.task or (held if isinstance(held, str) and held else None) or Path(model.name).stem
-    other = [change for change in expert.changes if not isinstance(change, Add | Palette | Masked | Set)]
+    other = [change for change in expert.changes if not isinstance(change, Add | Palette | Masked | Set | Product)]
     tuned = [change for change in expert.changes if isinstance(change, Set) and change.role == "rows"]
     if other or tuned:
         kind = type((other or tuned)[0]).__name__.lower() if other else f"set ({tuned[0].role})"
         told = f"{task} changes {(other or tuned)[0].name} by {kind}, which cannot be merged yet"
-        faults.add(model.place, f"{told}; expected experts of full fine-tunes, PaFi or HiWi's biases")
-    return Opened(model, expert, task, {change.name: change for change in expert.changes if isinstance(change, Add | Palette)}, slots_of(expert))
+        faults.add(model.place, f"{told}; expected experts of full fine-tunes, LoRA, PaFi or HiWi's biases")
+    leveled = {change.name: change for change in expert.changes if isinstance(change, Add | Palette)}
+    products = {change.name: change for change in expert.changes if isinstance(change, Factors | LowRank)}
+    return Opened(model, expert, task, leveled, slots_of(expert), products)
 
 
 def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
@@ -173,6 +183,18 @@ def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
             faults.add(parent.model.place, f"{mixed[0]} is changed by levels or as a whole in {parent.task}, as new values in another parent")
     if len(masks) > 1:
         faults.add("models", f"the parents have masks over different tensors ({', '.join(sorted(masks)[:3])}); only one mask can be merged")
+    factors: dict[str, tuple[Product, str]] = {}
+    for parent in parents:
+        for name, product in parent.products.items():
+            held, task = factors.setdefault(name, (product, parent.task))
+            if fault := product_fault(held, product):
+                faults.add(parent.model.place, f"{name}: {fault}, in {task} and {parent.task}")
+    others = {name: parent.task for parent in parents for name in [*parent.changes, *parent.slots, *under]}
+    if mixed := sorted(set(factors) & set(others)):
+        told = f"{mixed[0]} is changed by LoRA in {factors[mixed[0]][1]}, and otherwise in {others[mixed[0]]}"
+        faults.add("models", f"{told}: merge the LoRA experts by themselves first, with lora: sparse, then the result with the others")
+    if not factors and (recipe.lora or recipe.rank):
+        faults.add("parameters.lora", "no parent is a LoRA expert")
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for parent in parents:
         for name, change in parent.changes.items():
@@ -211,6 +233,18 @@ def _tasks(recipe: Recipe, parents: Sequence[Opened], warn: Callable[[str], None
             parts.append(part)
         shape = next(parent.changes[name].levels.shape for parent in parents if name in parent.changes)
         yield Task(name, shape, parts, np.array([parent.model.weight.at(name, layers) for parent in parents]))
+
+
+def _products(parents: Sequence[Opened]) -> list[Products]:
+    """Every tensor that a parent adds a product to."""
+    order = sorted(range(len(parents)), key=lambda number: parents[number].expert.content_digest)  # so that the parents' order does not matter
+    layers = layers_of(parents[0].expert.fingerprint.names)
+    return [
+        Products(
+            name, [parent.products.get(name) for parent in parents], np.array([parent.model.weight.at(name, layers) for parent in parents]), order
+        )
+        for name in sorted({name for parent in parents for name in parent.products})
+    ]
 
 
 def _merged_slots(recipe: Recipe, parents: Sequence[Opened], how: How, base: Source | None, progress: Progress) -> list[Change]:
@@ -309,6 +343,20 @@ def _facts(recipe: Recipe, parents: Sequence[Opened], heads: Mapping[str, Any], 
         heads=heads,
         metadata=dict(recipe.metadata),
     )
+
+
+def _facts_of_products(facts: Facts, recipe: Recipe, parents: Sequence[Opened], changes: Sequence[Change], loss: Mapping[str, Any]) -> Facts:
+    """The facts with what LoRA experts became; they are an adapter still where all that the result changes by is products."""
+    held = [change for change in changes if isinstance(change, Factors | LowRank)]
+    configs = [dict(parent.expert.facts.adapter) for parent in parents]
+    lora = held and all(parent.expert.facts.source == "lora" for parent in parents)
+    parameters = {**facts.merge["parameters"], "lora": form_of(recipe), **({"rank": recipe.rank} if recipe.rank else {})}
+    record = {**facts.merge, "parameters": parameters}
+    if form_of(recipe) == "sparse" and recipe.recompress is None:
+        record["recompress"] = dict(RECOMPRESS)
+    if loss:
+        record["loss"] = dict(loss)
+    return replace(facts, source="lora" if lora else "full", adapter=adapter_config(configs, held) if lora else {}, merge=record)
 
 
 def _record(recipe: Recipe, parents: Sequence[Opened]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sterna.compeft import check_options
 from sterna.errors import InvalidArgument, SternaError
 from sterna.expert.expert import Expert
 from sterna.expert.table import name_fault
+from sterna.merging.products import FORMS, Form
 from sterna.merging.registry import SEMANTICS, MergeMethod, Semantics, by_name
 from sterna.merging.schedule import Setting, numbers_of, setting, setting_fault
 from sterna.training.errors import Faults
@@ -42,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """A recipe without faults. `options` are all of the method's own parameters."""
+    """A recipe without faults. `options` are all of the method's own parameters; `lora` and `rank` say what LoRA experts become."""
 
     method: MergeMethod
     semantics: Semantics
@@ -52,6 +53,8 @@ class Recipe:
     base: str | None
     recompress: Mapping[str, float] | None
     metadata: Mapping[str, Any]
+    lora: Form | None = None
+    rank: int | None = None
 
     @property
     def drops(self) -> tuple[str, ...]:
@@ -106,10 +109,25 @@ def parse(raw: Mapping[str, Any], folder: Path, faults: Faults, place: str = "",
         faults.add(f"{place}parameters", f"{shared!r} is not an object")
         shared = {}
     options = _options(shared, method, f"{place}parameters.", faults)
+    lora, rank = _lora(shared, method, f"{place}parameters.", faults)
     models = _models(raw.get("models"), shared, method, semantics, folder, faults, place, above)
     if len(faults.found) > before or method is None:
         return None
-    return Recipe(method, semantics, seed, options, tuple(models), raw.get("base_model"), recompress, raw.get("metadata", {}))
+    return Recipe(method, semantics, seed, options, tuple(models), raw.get("base_model"), recompress, raw.get("metadata", {}), lora, rank)
+
+
+def _lora(shared: Mapping[str, Any], method: MergeMethod | None, place: str, faults: Faults) -> tuple[Form | None, int | None]:
+    """What LoRA experts are to become, and of which rank, where it is said."""
+    lora, rank = shared.get("lora"), shared.get("rank")
+    if lora is not None and lora not in FORMS:
+        faults.add(f"{place}lora", f"{lora!r} is not one of {', '.join(FORMS)}")
+    elif lora == "concat" and method is not None and not method.linear:
+        faults.add(f"{place}lora", f"{method.name} looks at single values of the products, so stacked factors are not its result; svd or sparse")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        faults.add(f"{place}rank", f"{rank!r} is no integer of 1 or more")
+    elif rank is not None and (lora or ("concat" if method is not None and method.linear else "svd")) != "svd":
+        faults.add(f"{place}rank", "only lora: svd has a rank")
+    return lora, rank
 
 
 def _recompress(raw: object, place: str, faults: Faults) -> dict[str, float] | None:
@@ -140,7 +158,7 @@ def _refuse_unknown(raw: Mapping[str, Any], fields: Sequence[str], place: str, f
 def _options(shared: Mapping[str, Any], method: MergeMethod | None, place: str, faults: Faults) -> dict[str, Any]:
     if method is None:
         return {}
-    _refuse_unknown(shared, (*method.options, *_used(method)), place, faults)
+    _refuse_unknown(shared, (*method.options, *_used(method), "lora", "rank"), place, faults)
     values = {}
     for name, option in method.options.items():
         values[name] = shared.get(name, option.default)

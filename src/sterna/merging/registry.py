@@ -64,7 +64,9 @@ class MergeMethod:
     """A registered method. `function` maps Kinds (and its own parameters) to the merged value of each kind, float64[k].
 
     `drop` says which of a parent's non-zeros stay, by the parent's `density`: those of largest "magnitude", the same without the `gamma` share of
-    "outliers", or each with that probability ("random"). `semantics` lists whose choices it can follow; `parents` how many it takes.
+    "outliers", or each with that probability ("random"). `semantics` lists whose choices it can follow; `parents` how many it takes. `linear` says
+    that the merged value is a sum of the parents' values, each times a number that follows from weights, options and `gram` alone: then LoRA's
+    products are merged exactly.
     """
 
     name: str
@@ -74,6 +76,7 @@ class MergeMethod:
     semantics: tuple[Semantics, ...]
     parents: tuple[int, int | None]
     options: Mapping[str, Option] = field(default_factory=dict)
+    linear: bool = False
 
     def __call__(self, kinds: Kinds, options: Mapping[str, Any]) -> F64:
         merged: F64 = self.function(kinds, **{_attribute(name, self.function): value for name, value in options.items()})
@@ -92,14 +95,18 @@ def merge_method(
     statistics: bool = False,
     semantics: Sequence[Semantics] = ("paper",),
     parents: tuple[int, int | None] = (1, None),
+    linear: bool = False,
 ) -> Callable[[Callable[..., F64]], Callable[..., F64]]:
     """Register a function of Kinds as a merge method. Its keyword-only parameters (bool, int, float or a Literal of texts, with defaults) are
-    what a recipe's `parameters` may say; one underscore at a name's end is left out there (`lambda_`). ValueError for a name that is taken."""
+    what a recipe's `parameters` may say; one underscore at a name's end is left out there (`lambda_`). ValueError for a name that is taken, or for
+    a linear method that drops."""
 
     def register(function: Callable[..., F64]) -> Callable[..., F64]:
         if name in _REGISTERED:
             raise ValueError(f"a merge method named {name!r} is registered already")
-        _REGISTERED[name] = MergeMethod(name, function, drop, statistics, tuple(semantics), parents, _options(function))
+        if linear and drop is not None:
+            raise ValueError(f"the merge method {name!r} drops single values, so it is not linear")
+        _REGISTERED[name] = MergeMethod(name, function, drop, statistics, tuple(semantics), parents, _options(function), linear)
         return function
 
     return register

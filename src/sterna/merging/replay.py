@@ -68,7 +68,7 @@ def _found(record: Mapping[str, Any], places: Sequence[Path], missing: list[str]
                 missing.append(f"models[{number}]: {told['model']} is missing (content digest {digest}); looked in {looked}")
             told["model"] = at
         models.append(told)
-    return {**record, "models": models}
+    return {**{key: value for key, value in record.items() if key != "loss"}, "models": models}
 
 
 def _candidates(name: str, places: Sequence[Path]) -> list[Path]:

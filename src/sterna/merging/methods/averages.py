@@ -7,7 +7,7 @@ from sterna.merging.methods.sums import total
 from sterna.merging.registry import F64, Kinds, merge_method
 
 
-@merge_method("linear", semantics=("paper", "peft", "mergekit"))
+@merge_method("linear", semantics=("paper", "peft", "mergekit"), linear=True)
 def linear(kinds: Kinds, *, normalize: bool = True) -> F64:
     """sum_i w_i t_i / sum_i w_i (without the divisor where `normalize` is false): the average of models (Wortsman et al., arXiv 2203.05482).
 
@@ -22,7 +22,7 @@ def linear(kinds: Kinds, *, normalize: bool = True) -> F64:
     return summed / divisor
 
 
-@merge_method("task_arithmetic", semantics=("paper", "peft", "mergekit"))
+@merge_method("task_arithmetic", semantics=("paper", "peft", "mergekit"), linear=True)
 def task_arithmetic(kinds: Kinds, *, lambda_: float = 1.0) -> F64:
     """lambda * sum_i w_i t_i (Ilharco et al., arXiv 2212.04089). All semantics are the same."""
     return lambda_ * total(kinds.weights[:, None] * kinds.values)

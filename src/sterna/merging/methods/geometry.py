@@ -14,7 +14,7 @@ PARALLEL = 0.9995
 """|cos| above which slerp is linear: the sine in its divisor is too small."""
 
 
-@merge_method("model_stock", statistics=True, semantics=("paper", "mergekit"), parents=(2, None))
+@merge_method("model_stock", statistics=True, semantics=("paper", "mergekit"), parents=(2, None), linear=True)
 def model_stock(kinds: Kinds) -> F64:
     """r * mean of t_i, with r = n c / (1 + (n - 1) c) and c the mean cosine of pairs in this tensor (Jang et al., arXiv 2403.19522, eq. 5).
 
@@ -33,7 +33,7 @@ def model_stock(kinds: Kinds) -> F64:
     return ratio * total(kinds.values) / n
 
 
-@merge_method("slerp", statistics=True, parents=(2, 2))
+@merge_method("slerp", statistics=True, parents=(2, 2), linear=True)
 def slerp(kinds: Kinds, *, t: float = 0.5) -> F64:
     """sin((1 - t) a) / sin(a) * t_1 + sin(t a) / sin(a) * t_2, with a the angle between the two in this tensor (Shoemake, SIGGRAPH 1985).
 
