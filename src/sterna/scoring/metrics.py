@@ -243,4 +243,3 @@ def _of_corpus(name: str, predicted: Sequence[str], wanted: Sequence[str]) -> Me
 
     value = float(scorer.corpus_score(list(predicted), [list(wanted)]).score) / 100
     return Measured(value, Sums(np.arange(len(table)), table, score))
-

@@ -33,7 +33,7 @@ from sterna.training.models import DTYPES, length_limit, load_settings, load_tok
 from sterna.training.peft_methods import peft_config, peft_kind
 from sterna.training.runs import RunFolder, check_run, run_facts
 from sterna.training.tasks import TaskName
-from sterna.training.tokens import Lengths, Row, tokenized
+from sterna.training.tokens import Lengths, Row, refuse_foreign, tokenized
 
 MAX_LENGTH: dict[TaskName, int] = {"classification": 128, "regression": 128, "causal-lm": 256, "seq2seq": 256}
 """Tokens of a text, or of a packed block, where the config does not say and the model takes that many."""
@@ -175,10 +175,8 @@ def _tokens(
             with faults.at(f"data.{name}"):
                 made = tokenized(tokenizer, split, task, lengths) if split is not None else []
                 rows = made if name == "train" else rows
-    largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
-    size = getattr(settings, "vocab_size", None)
-    if size is not None and largest >= size:
-        faults.add("model", f"the tokenizer gives the id {largest}, and the model has {size} embeddings: they do not belong together")
+    with faults.at("model"):
+        refuse_foreign(rows, settings)
     return lengths, rows
 
 

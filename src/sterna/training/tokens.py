@@ -68,6 +68,14 @@ def _refuse_long(ids: Sequence[Sequence[int]], limit: int) -> None:
         )
 
 
+def refuse_foreign(rows: Sequence[Row], settings: Any) -> None:
+    """Raise InvalidArgument where the tokenizer gives ids that the model of these settings has no embedding for."""
+    largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+    size = getattr(settings, "vocab_size", None)
+    if size is not None and largest >= size:
+        raise InvalidArgument(f"the tokenizer gives the id {largest}, and the model has {size} embeddings: they do not belong together")
+
+
 def collator(tokenizer: Any, task: TaskName) -> Any:
     """A callable that pads rows to the longest of their batch; labels that are sequences are padded with IGNORED."""
     transformers = needed("transformers", "sterna[train]")
