@@ -11,7 +11,7 @@ import torch
 
 from sterna.errors import InvalidArgument, Unsupported
 from sterna.expert.changes import Change, Factors, Multiply, Role, Set, Ternary
-from sterna.sources.adapter import Adapter, LoraFactors, stored_transposed
+from sterna.sources.adapter import Adapter, Ia3Vector, LoraFactors, stored_transposed
 from sterna.sources.checkpoint import Checkpoint
 from sterna.sources.names import Alignment, align, is_embedding, is_head, plain, swap_prefix
 from sterna.taskvector import Piece, TaskVector, float32
@@ -35,19 +35,45 @@ def adapted(base: Checkpoint, adapter: Adapter, exclude: Sequence[str]) -> TaskV
         for factor, A, B in zip(factors, levels[0::2], levels[1::2], strict=False):
             made.append(Factors(own[factor.key], factor.key, A, B, factor.scaling, transposed[factor.key], factor.embedding))
         for vector, level in zip(vectors, levels, strict=False):
-            bias = own[vector.key].removesuffix("weight") + "bias"
-            biased = not vector.feedforward and bias in base.tensors
-            made.append(Multiply(own[vector.key], vector.key, level, vector.axis(transposed[vector.key]), bias if biased else None))
+            made.append(Multiply(own[vector.key], vector.key, level, vector.axis(transposed[vector.key]), bias_of(vector)))
+        return made
+
+    def bias_of(vector: Ia3Vector) -> str | None:
+        bias = own[vector.key].removesuffix("weight") + "bias"
+        return bias if not vector.feedforward and bias in base.tensors else None
+
+    def merged() -> list[Change]:
+        made: list[Change] = []
+        for factor in factors:
+            old = base.read(own[factor.key])
+            made.append(_moved(own[factor.key], old, factor.scaling * _product(factor, transposed[factor.key]).reshape(old.shape)))
+        for vector in vectors:
+            for name in filter(None, (own[vector.key], bias_of(vector))):
+                old = base.read(name)
+                shape = [1] * old.dim()
+                shape[vector.axis(transposed[vector.key]) if old.dim() > 1 else 0] = -1
+                made.append(_moved(name, old, old.float() * (vector.vector.float().reshape(shape) - 1)))
         return made
 
     return TaskVector(
         adapter.kind,
         pieces,
         changes,
+        merged,
         [*_saved(base, adapter, alignment), *_embeddings(base, adapter, alignment)],
         prefixes=(alignment.base_prefix, alignment.other_prefix),
         adapter=_portable_config(adapter),
     )
+
+
+def _product(factor: LoraFactors, transposed: bool) -> torch.Tensor:
+    """B @ A in float32, transposed where the base's tensor is."""
+    product = factor.B.float().flatten(1) @ factor.A.float().flatten(1)
+    return product.T if transposed else product
+
+
+def _moved(name: str, old: torch.Tensor, update: torch.Tensor) -> Set:
+    return Set(name, (old.float() + update).to(old.dtype), "tuned")
 
 
 def _piece(name: str, tensor: torch.Tensor, minus: int = 0) -> Piece:

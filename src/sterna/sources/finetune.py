@@ -31,6 +31,9 @@ def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str], pairin
     def changes(levels: Sequence[Ternary]) -> list[Change]:
         return [Add(piece.name, ternary) for piece, ternary in zip(pieces, levels, strict=True)]
 
+    def after() -> list[Change]:
+        return [Set(p.name, _cut(tuned.read(p.tuned), p.shape), "tuned") for p in pairing.pairs]
+
     def norm() -> float:
         return math.sqrt(sum(_sum_of_squares(base.read(p.name)) for p in pairing.pairs))
 
@@ -38,6 +41,7 @@ def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str], pairin
         "full",
         pieces,
         changes,
+        after,
         [Set(e.name, _exact_value(tuned.read(e.tuned), e.first_row), e.role, e.first_row) for e in pairing.exact],
         norm=norm,
         prefixes=pairing.prefixes,
@@ -67,6 +71,11 @@ def difference(name: str, shape: tuple[int, ...], ours: torch.Tensor, theirs: to
 def _exact_value(tensor: torch.Tensor, first_row: int) -> torch.Tensor:
     rows = tensor.detach()[first_row:] if first_row else tensor.detach()
     return rows.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _cut(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The rows that the base has too."""
+    return tensor.detach()[: shape[0]].contiguous() if shape else tensor.detach()
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> float:

@@ -63,7 +63,7 @@ def trained(base: Checkpoint, expert: Expert, exclude: Sequence[str], progress: 
         ]
 
     kept = [change for change in expert.changes if isinstance(change, Set) and not is_tuned(change)]
-    return TaskVector(expert.facts.source, [piece(change) for change in tuned], changes, kept)
+    return TaskVector(expert.facts.source, [piece(change) for change in tuned], changes, lambda: list(tuned), kept)
 
 
 def _masked(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> Piece:
