@@ -132,6 +132,11 @@ class Patch:
         return expert
 
     @property
+    def steps(self) -> Sequence[Step]:
+        """What was done to put it on."""
+        return self._now().steps
+
+    @property
     def undo_bytes(self) -> int:
         """Bytes held to restore the base: a word for each touched entry, whole tensors for dense updates and heads."""
         return sum(step.undo_bytes for step in self._now().steps)
