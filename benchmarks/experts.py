@@ -1,8 +1,8 @@
-"""A library of experts to merge, compose and compare: eight tasks of the encoder, each by full fine-tuning, LoRA and PaFi, trained as a user would.
+"""A library of experts to merge, compose and compare: six tasks of the encoder, each by full fine-tuning, LoRA and PaFi, trained as a user would.
 
 Each task's rows lie as CSV files in the cache (the texts are other people's: nothing of them is in the repository), and every training is a run of
 `sterna train` with at most 1,500 texts of 64 tokens and 2 epochs: <cache>/benchmarks/experts/<task>/<method>/ holds the run (its `trained` folder is
-the tuned model or the PEFT folder) and `expert.safetensors`, whose metadata names the task. About an hour on one core; a second call goes on.
+the tuned model or the PEFT folder) and `expert.safetensors`, whose metadata names the task. Fifty minutes on one core; a second call goes on.
 
     python benchmarks/experts.py             trains what is missing
     python benchmarks/experts.py --list      what is there, with its scores
@@ -48,17 +48,6 @@ def _subject(prefixes: tuple[str, ...]) -> dict[str, list[Row]]:
     return {"train": train[: SIZES.train], "validation": train[SIZES.train :][: SIZES.validation], "test": test[: SIZES.test]}
 
 
-def _friends() -> dict[str, list[Row]]:
-    """Which of the six friends says a line of ten words or more; training, validation and test are of different seasons."""
-    names = ("Chandler", "Joey", "Monica", "Phoebe", "Rachel", "Ross")
-    lines = [cells for cells in read_tab(asset_path("texts") / "friends-transcripts.tab", quoted=True) if len(cells) > 5]
-    spoken = [cells for cells in lines if cells[4] in names and len(cells[5].split()) >= 10]
-    random.Random(0).shuffle(spoken)
-    seasons = {"train": range(1, 7), "validation": range(7, 8), "test": range(8, 11)}
-    most = {"train": SIZES.train, "validation": SIZES.validation, "test": SIZES.test}
-    return {split: [(cells[5].strip(), "", cells[4]) for cells in spoken if int(cells[0]) in seasons[split]][: most[split]] for split in SPLITS}
-
-
 def _of(task: tasks.Task) -> dict[str, list[Row]]:
     found = {}
     for split in SPLITS:
@@ -72,11 +61,9 @@ TASKS: dict[str, Callable[[], dict[str, list[Row]]]] = {
     "computers": lambda: _subject(("comp.",)),
     "recreation": lambda: _subject(("rec.",)),
     "science": lambda: _subject(("sci.",)),
-    "society": lambda: _subject(("talk.", "alt.", "soc.")),
     "tweets": lambda: _of(tasks.tweets(SIZES)),
     "bbc": lambda: _of(tasks.bbc(SIZES)),
     "policy": lambda: _of(tasks.policy(SIZES)),
-    "friends": _friends,
 }
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": {"name": "full"}, "training": {"learning_rate": 5e-5}, "compress": {"density": 0.1, "alpha": 4.0}},

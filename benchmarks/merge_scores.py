@@ -1,4 +1,4 @@
-"""What merging does to each task's score: eight tasks of the encoder, trained by full fine-tuning, LoRA and PaFi, merged by every method.
+"""What merging does to each task's score: six tasks of the encoder, trained by full fine-tuning, LoRA and PaFi, merged by every method.
 
 Parents are compressed experts, merged by `sterna.merge`, or the uncompressed task vectors, merged by the methods' formulas on dense vectors (written
 here anew; exact PaFi experts are merged by `sterna.merge` itself). Each method's lambda is climbed to on validation texts; then the test texts are
