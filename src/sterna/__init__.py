@@ -28,6 +28,7 @@ _WHERE = {
     "attached": "sterna.live.patch",
     "attached_to": "sterna.live.patch",
     "compress": "sterna.compression",
+    "evaluate": "sterna.scoring.evaluate",
     "inspect": "sterna.summary",
     "load": "sterna.expert.file",
     "merge": "sterna.merging.merge",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from sterna.live.patch import attached_to as attached_to
     from sterna.merging.merge import merge as merge
     from sterna.recoding import recode as recode
+    from sterna.scoring.evaluate import evaluate as evaluate
     from sterna.similarities import similarity as similarity
     from sterna.summary import inspect as inspect
     from sterna.tuning.hiwi import HiWi as HiWi
@@ -61,7 +63,8 @@ if TYPE_CHECKING:
     from sterna.verification import verify as verify
 
 __all__ = ["Bitmasks", "Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
-__all__ += ["apply", "attach", "attached", "attached_to", "compress", "inspect", "load", "merge", "recode", "similarity", "tune", "verify"]
+__all__ += ["apply", "attach", "attached", "attached_to", "compress", "evaluate", "inspect", "load"]
+__all__ += ["merge", "recode", "similarity", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,7 +39,7 @@ Candidate = Expert | str | os.PathLike[str] | torch.nn.Module | None
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Made by `open_bench`. `model` is live, on `device`, with `head_from` saying whose head the base wears ("own", "new", or a file's name).
+    """Made by `open_bench`. `model` is live; `head_from` says whether the base wears its own head, a new one, or the one of the `lender`.
 
     `head` names the classes in the order that answers are numbered in, `classes` are the same in the words of the data; both empty where the task
     has none. `allow_narrower` where the base was loaded in a narrower dtype than it is stored in.
@@ -51,7 +51,8 @@ class Bench:
     metric: Metric
     head: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
-    head_from: str = "own"
+    head_from: Literal["own", "new", "lent"] = "own"
+    lender: Candidate = None
     source: str = ""
     dropped: int = 0
     dtype: torch.dtype = torch.float32
@@ -234,23 +235,25 @@ def open_bench(
     fits = own.classes is not None and (set(own.classes) == set(classes) or (len(own.classes) == len(classes) and is_generic(own.classes)))
     model = load_model(folder, chosen, tokenizer, (own.classes if fits and own.classes else classes) or None, DTYPES[dtype])
     stored = {info.dtype for info in open_checkpoint(folder).tensors.values() if info.dtype.is_floating_point}
-    lender = _lend_head(model, folder, chosen, fits, zip(candidates, purposes, strict=True))
+    head_from, lender = _lend_head(model, folder, chosen, fits, zip(candidates, purposes, strict=True))
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     narrower = any(torch.promote_types(kind, DTYPES[dtype]) != DTYPES[dtype] for kind in stored)
-    return Bench(folder, model, prepared, scored_by, classes, names, lender, table.source, dropped, DTYPES[dtype], narrower)
+    return Bench(folder, model, prepared, scored_by, classes, names, head_from, lender, table.source, dropped, DTYPES[dtype], narrower)
 
 
-def _lend_head(model: Any, folder: Path, task: TaskName, fits: bool, lenders: Iterable[tuple[Candidate, Purpose]]) -> str:
+def _lend_head(
+    model: Any, folder: Path, task: TaskName, fits: bool, lenders: Iterable[tuple[Candidate, Purpose]]
+) -> tuple[Literal["own", "new", "lent"], Candidate]:
     """Give a base without a fitting head that of the first candidate that has one, in place; returns whose head it is."""
     names = head_names(model) if task in ("classification", "regression") else set()
     live = dict(model.named_parameters())
     stored = open_checkpoint(folder).shapes_by_any_name
     if not names or ((fits or task == "regression") and all(stored.get(name) == tuple(live[name].shape) for name in names)):
-        return "own"
+        return "own", None
     for candidate, purpose in lenders:
-        if all(name in purpose.head and tuple(purpose.head[name].shape) == tuple(live[name].shape) for name in names):
+        if all(name in purpose.head and purpose.head[name].shape == live[name].shape for name in names):
             with torch.no_grad():
                 for name in names:
                     live[name].copy_(purpose.head[name])
-            return name_of(candidate)
-    return "new"
+            return "lent", candidate
+    return "new", None

@@ -46,11 +46,18 @@ class Outcome:
             raise InvalidArgument(
                 f"{self.metric.name} on {self.rows} rows cannot be held against {other.metric.name} on {other.rows}; expected outcomes of one bench"
             )
+        if other in self._differences:
+            return self._differences[other]
         if self.right is not None and other.right is not None:
             found = intervals.right_or_wrong(self.right, other.right)
         else:
             found = intervals.difference((self.value - other.value) / self.metric.factor, self.evidence, other.evidence)
-        return found.times(self.metric.factor)
+        self._differences[other] = found.times(self.metric.factor)
+        return self._differences[other]
+
+    @cached_property
+    def _differences(self) -> dict[Outcome, Difference]:
+        return {}
 
     def better(self, other: Outcome) -> bool:
         return self.metric.better(self.value, other.value)

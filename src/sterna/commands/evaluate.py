@@ -1,0 +1,137 @@
+"""sterna evaluate: the base, the tuned model and experts scored on the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, warn
+from sterna.errors import CannotWrite, InvalidArgument
+
+if TYPE_CHECKING:
+    from sterna.scoring.evaluated import Evaluated
+
+DATA_HELP = "Rows: .csv, .tsv, .jsonl, .parquet, .txt, or a hub id. Given again as TASK=FILE: several tasks, each with the experts named for it."
+TUNED_HELP = "The tuned model's folder, a PEFT folder, or an exact expert, to hold the experts against; TASK=DIR where there are several tasks."
+METRIC_HELP = "accuracy, macro_f1, matthews, spearman, perplexity, rougeL, ... or package.module:function. May be given again."
+
+
+def evaluate(
+    base: Annotated[str, typer.Argument(metavar="BASE", help=BASE_HELP, show_default=False)],
+    experts: Annotated[list[Path] | None, typer.Argument(metavar="[EXPERT]...", help="Expert files.", show_default=False)] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="FILE | TASK=FILE", help=DATA_HELP, show_default=False)] = None,
+    tuned: Annotated[list[str] | None, typer.Option(metavar="DIR", help=TUNED_HELP, show_default=False)] = None,
+    metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help=METRIC_HELP, show_default="by the task")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="classification, regression, causal-lm or seq2seq.", show_default="by the experts or the data")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option("--head-task", "--head", metavar="NAME", help="Which head of a merged expert is used.", show_default=False)
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option("--text-column", "--text", metavar="NAME", help="The column of the text.", show_default="by usual names")
+    ] = None,
+    pair_column: Annotated[
+        str | None, typer.Option("--pair-column", "--pair", metavar="NAME", help="The column of a second text.", show_default="by usual names")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label-column", "--label", metavar="NAME", help="The column of the label.", show_default="by usual names")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option("--target-column", "--target", metavar="NAME", help="The column of the target text.", show_default="by usual names")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128 or 256")] = None,
+    target_max_length: Annotated[int, typer.Option(min=2, help="Tokens of a generated text at most.")] = 64,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows to use, each label in proportion.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are run at once.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
+    dtype: Annotated[str, typer.Option(help="What the base is loaded in: fp32, bf16 or fp16.")] = "fp32",
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result as JSON too.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the base, the tuned model and experts on the same rows, with 95 % intervals and paired differences."""
+    from sterna.needs import needed
+
+    for package in ("pydantic", "transformers", "sklearn", "scipy"):
+        needed(package, "sterna[train]")
+    from sterna.scoring.evaluate import evaluate as run
+    from sterna.training.errors import Interrupted
+    from sterna.writing import whole_file
+
+    if not data:
+        raise InvalidArgument("--data is missing; expected rows with labels (--data test.csv)")
+    if task not in (None, "classification", "regression", "causal-lm", "seq2seq"):
+        raise InvalidArgument(f"--task is {task!r}; expected classification, regression, causal-lm or seq2seq")
+    if output is not None:
+        _refuse_unwritable(output)
+    try:
+        with progress_bar() as progress:
+            result = run(
+                base,
+                list(experts or []),
+                data=_by_task(data, "--data", alone=True),
+                tuned=_by_task(tuned, "--tuned", alone=True) if tuned else None,
+                metric=metric,
+                task=task,  # type: ignore[arg-type]
+                head=head,
+                text=text_column,
+                text_pair=pair_column,
+                label=label_column,
+                target=target_column,
+                rows=rows,
+                max_length=max_length,
+                target_max_length=target_max_length,
+                batch=batch_size,
+                seed=seed,
+                dtype=dtype,
+                warn=warn,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; nothing was written") from None
+    if output is not None:
+        with whole_file(output) as file:
+            file.write((json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        show(result)
+
+
+def _by_task(given: Sequence[str], option: str, alone: bool) -> Any:
+    """One file, or files by the name of their task. Raises InvalidArgument for several without names, or a name given twice."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        named = bool(equals and name and value) and not Path(item).exists()
+        if not named:
+            if len(given) > 1:
+                raise InvalidArgument(f"{option} is given {len(given)} times, and {item!r} names no task; expected TASK=FILE each time")
+            return item
+        if name in found:
+            raise InvalidArgument(f"{option} is given twice for the task {name!r}")
+        found[name] = value
+    return found
+
+
+def _refuse_unwritable(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise CannotWrite(f"{path} cannot be written; expected a file in a folder that exists and can be written to")
+
+
+def show(result: Evaluated) -> None:
+    """Print one table a task and metric: on a terminal as wide as it is, else in lines that are never folded."""
+    from rich.console import Console
+
+    from sterna.commands.scores import tables
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)
+    for part in tables(result, console):
+        console.print(part)
