@@ -131,7 +131,8 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
             flags = varint(table)
             key = key_of(name, bool(flags & 4))
             before["scaling"] = scaling = before["scaling"] if flags & 8 else struct.unpack("<d", table.read(8))[0]
-            return "factors", key, ternary(), ternary(), scaling, bool(flags & 1), bool(flags & 2)
+            ranks = exact(f"{name}.ranks") if flags & 16 else None
+            return "factors", key, ternary(), ternary(), scaling, bool(flags & 1), bool(flags & 2), ranks
         if kind == 2:
             axis, flags = varint(table), varint(table)
             key = key_of(name, bool(flags & 2))
@@ -160,6 +161,9 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
             bits = np.unpackbits(exact(f"{name}.indices"), bitorder="little")[: np.count_nonzero(levels) * width].reshape(-1, width)
             values[levels != 0] *= magnitudes[bits.astype(np.int64) @ (1 << np.arange(width))]
             return "palette", (levels, 1.0), values
+        if kind == 8:
+            flags = varint(table)
+            return "lowrank", key_of(name, bool(flags & 4)), bool(flags & 1), bool(flags & 2), exact(f"{name}.A"), exact(f"{name}.B")
         flags, scale = varint(table), struct.unpack("<d", table.read(8))[0]
         return "folded", ("relu", "gelu", "identity")[flags & 3], bool(flags & 4), scale, exact(f"{name}.D"), exact(f"{name}.U")
 

@@ -28,7 +28,7 @@ from coded import SCALE, expert_of, opened, random_levels, stream_of, ternary_of
 from hostile.craft import ADD, SPECIMENS, Levels, Row, facts, plain, stream
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.expert import file as file_module
-from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, Masked, MaskRule, Multiply, Order, Set, Ternary
+from sterna.expert.changes import Add, Change, Factors, Folded, Lossless, LowRank, Masked, MaskRule, Multiply, Order, Set, Ternary
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import MaskFacts
 from sterna.expert.file import CODES, file_pieces, from_bytes
@@ -50,7 +50,11 @@ def plainly(change: Change) -> tuple[Any, ...]:
         case Add():
             return "add", *coded
         case Factors():
-            return "factors", change.key, *coded, change.scaling, change.transposed, change.embedding
+            ranks = bytes(exact_bytes(change.ranks)) if change.ranks is not None else None
+            return "factors", change.key, *coded, change.scaling, change.transposed, change.embedding, ranks
+        case LowRank():
+            exact = [bytes(exact_bytes(values)) for _, values in change.exact]
+            return "lowrank", change.key, change.transposed, change.embedding, *exact
         case Multiply():
             return "multiply", change.key, change.axis, change.bias, *coded
         case Masked(rule=rule):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
-ADD, FACTORS, MULTIPLY, SET, MASKED, FOLDED, LOSSLESS, PALETTE = range(8)
+ADD, FACTORS, MULTIPLY, SET, MASKED, FOLDED, LOSSLESS, PALETTE, LOW_RANK = range(9)
 CHUNK = 1 << 20
 
 
@@ -405,6 +405,23 @@ def merged() -> Draft:
     return Draft(merge_facts(), ["a.bias", "w"], [(12,), (4, 5)], rows, exact)
 
 
+def adapters() -> Draft:
+    """Merged LoRA experts: stacked ternary factors with a scale for each rank, and exact factors."""
+    one = struct.pack("<f", 1.0)
+    rows = [
+        Row(FACTORS, 1, fields=varint(16) + text("m.a") + struct.pack("<d", 1.0), levels=[
+            Levels(0, stream(14, {0: 1, 9: -1}), scale=one), Levels(1, stream(10, {3: -1, 7: 1}), scale=one),
+        ]),
+        Row(LOW_RANK, 2, fields=varint(1 | 4)),
+    ]  # fmt: skip
+    exact: list[Tensor] = [
+        ("a.weight.ranks", "F32", [2], struct.pack("<2f", 0.5, -0.25)),
+        ("b.weight.A", "F32", [1, 3], struct.pack("<3f", *range(3))),
+        ("b.weight.B", "F32", [2, 1], struct.pack("<2f", 1.0, -2.0)),
+    ]
+    return Draft(merge_facts(source="lora"), ["a.weight", "b.weight"], [(2, 7), (5, 2)], rows, exact)
+
+
 def nothing() -> Draft:
     """An expert without a change, of a base without a tensor."""
     return Draft(facts(), [], [], [])
@@ -432,4 +449,5 @@ SPECIMENS: dict[str, Callable[[], Draft]] = {
     "first_coding": first_coding,
     "lossless": lossless,
     "merged": merged,
+    "adapters": adapters,
 }

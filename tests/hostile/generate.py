@@ -28,6 +28,7 @@ from hostile.craft import (
     FOLDED,
     ITEM_BYTES,
     LOSSLESS,
+    LOW_RANK,
     MASKED,
     MULTIPLY,
     PALETTE,
@@ -36,6 +37,7 @@ from hostile.craft import (
     Draft,
     Levels,
     Row,
+    adapters,
     block,
     compact,
     edges,
@@ -87,6 +89,7 @@ def cases() -> Iterator[Case]:
     yield from small_streams()
     yield from lossless_streams()
     yield from merging()
+    yield from merged_adapters()
     yield from too_large()
 
 
@@ -364,7 +367,7 @@ def changes() -> Iterator[Case]:
         return rows(name, phrase, Row(ADD, 1, levels=[levels]), **pieces)
 
     tensorwise = {"facts": scaled().facts}
-    yield rows("kind_unknown", "kind of change is 8", Row(8, 1, levels=[small]))
+    yield rows("kind_unknown", "kind of change is 9", Row(9, 1, levels=[small]))
     yield rows("kind_huge", "kind of change is 127", Row(127, 1, levels=[small]))
     yield rows("name_out_of_range", "name is 4", Row(ADD, 4, levels=[small]))
     yield rows("name_path", "is a path", Row(ADD, 0, "../../x", levels=[small]))
@@ -404,7 +407,8 @@ def changes() -> Iterator[Case]:
     yield factors("empty", shapes, (1, 1 << 27), (0, 1))
     yield factors("trailing", shapes, (2, 7), (5, 2, 3))
     yield factors("product_2_54", "more than 2^48 entries", (1, 1 << 27), (1 << 27, 1))
-    yield factors("flags", "flags is 16", (2, 7), (5, 2), flags=16)
+    yield factors("flags", "flags is 32", (2, 7), (5, 2), flags=32)
+    yield factors("rank_scales_missing", "exact tensor 'a.0.w.ranks' that the file lacks", (2, 7), (5, 2), flags=16)
     yield rows("key_of_no_row", "which has none such", Row(FACTORS, 1, fields=varint(4) + struct.pack("<d", 1.0), levels=[small, small]))
     yield rows("scaling_of_no_row", "which has none", Row(FACTORS, 1, fields=varint(8) + text("a.0"), levels=[small, small]))
     yield factors("scaling_nan", "scaling is nan", (2, 7), (5, 2), float("nan"))
@@ -715,6 +719,37 @@ def merging() -> Iterator[Case]:
     yield "merge_without_recipe", "merge is {}", draft.but(facts=merge_facts(merge=None)).file()
     yield "recipe_without_merge", "merge is {'merge_method'", plain().but(facts=facts(merge={"merge_method": "ties"})).file()
     yield "merge_scope", "scale is 0.0", draft.but(facts=merge_facts(scope="global")).file()
+
+
+def merged_adapters() -> Iterator[Case]:
+    """Scales of single ranks, and factors that are numbers."""
+    draft = adapters()
+
+    def replaced(name: str, phrase: str, tensor: str, dtype: str, shape: Sequence[int], *values: float) -> Case:
+        raw = struct.pack(f"<{len(values)}{'e' if dtype == 'F16' else 'f'}", *values)
+        exact = [(tensor, dtype, shape, raw) if old[0] == tensor else old for old in draft.exact]
+        return f"adapter_{name}", phrase, draft.but(exact=exact).file()
+
+    ranks, wrong, beyond = "expected as many finite float32 numbers", "has factors torch.", "which float32 cannot hold"
+    yield replaced("ranks_few", ranks, "a.weight.ranks", "F32", [1], 0.5)
+    yield replaced("ranks_of_two_axes", ranks, "a.weight.ranks", "F32", [2, 1], 0.5, 0.5)
+    yield replaced("ranks_nan", ranks, "a.weight.ranks", "F32", [2], 0.5, math.nan)
+    yield replaced("ranks_in_16_bit", ranks, "a.weight.ranks", "F16", [2], 0.5, 0.5)
+    yield replaced("ranks_too_large", "whose sum float32 cannot hold", "a.weight.ranks", "F32", [2], 3e38, 3e38)
+    yield replaced("factor_of_one_axis", wrong, "b.weight.A", "F32", [3], *range(3))
+    yield replaced("factor_ranks_differ", wrong, "b.weight.B", "F32", [1, 2], 1.0, -2.0)
+    yield replaced("factor_empty", wrong, "b.weight.A", "F32", [1, 0])
+    yield replaced("factor_in_16_bit", wrong, "b.weight.A", "F16", [1, 3], *range(3))
+    yield replaced("factor_nan", beyond, "b.weight.A", "F32", [1, 3], 0.0, math.nan, 1.0)
+    yield replaced("factor_infinite", beyond, "b.weight.B", "F32", [2, 1], math.inf, 1.0)
+    yield replaced("factor_product", beyond, "b.weight.A", "F32", [1, 3], 3e38, 0.0, 1.0)
+    for tensor in ("a.weight.ranks", "b.weight.A", "b.weight.B"):
+        left = [old for old in draft.exact if old[0] != tensor]
+        yield f"adapter_without_{tensor}", f"exact tensor '{tensor}' that the file lacks", draft.but(exact=left).file()
+    flags = [draft.rows[0], Row(LOW_RANK, 2, fields=varint(8) + text("m.b"))]
+    yield "lowrank_flags", "flags is 8", draft.but(rows=flags).file()
+    first = [Row(LOW_RANK, 2, fields=varint(4))]
+    yield "lowrank_key_of_no_row", "which has none such", draft.but(rows=first, exact=draft.exact[1:]).file()
 
 
 def lossless_streams() -> Iterator[Case]:

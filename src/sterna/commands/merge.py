@@ -101,9 +101,11 @@ def _report(output: Path, as_json: bool) -> None:
     names = ", ".join(str(model["task"]) for model in summary.facts.merge["models"])
     heads = f"; heads of {', '.join(summary.facts.heads)}" if summary.facts.heads else ""
     share = summary.nonzeros / max(summary.parameters, 1)
+    lost = summary.facts.merge.get("loss")
+    loss = f"; {lost['relative']:.2%} lost (most of {lost['largest']['tensor']}: {lost['largest']['relative']:.2%})" if lost else ""
     print(
         f"{output}: {size(summary.bytes)}; {how} of {names}; {summary.nonzeros:,} of {summary.parameters:,} entries ({share:.3f}), "
-        f"{summary.bits_per_parameter:.2f} bits a parameter{heads}; content digest {summary.content_digest}"
+        f"{summary.bits_per_parameter:.2f} bits a parameter{loss}{heads}; content digest {summary.content_digest}"
     )
 
 

@@ -176,7 +176,7 @@ class Expert:
     def task_vector(self, base: Source | None = None, *, max_bytes: int | None = None) -> dict[str, torch.Tensor]:
         """The dense float32 task vector by base name: what attaching adds to each tensor, before rounding to the live dtype.
 
-        All changes but `Add`, `Palette` and LoRA's are differences to the base, so they need `base` (a path, state dict or module); without it one that
+        All changes but `Add`, `Palette` and LoRA's are differences to the base, so they need `base` (a path, state dict, module); without it one that
         has them raises InvalidArgument, but for heads, which have no base tensor and are left out either way. Shapes must be the base's (WrongBase),
         and so must all values where a mask is to be made of them.
         `max_bytes` limits what is allocated: by default the base's size in float32; without a base see DENSE_LIMIT.

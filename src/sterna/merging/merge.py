@@ -58,7 +58,8 @@ def merge(
     `weights` (1 each), `density` and `gamma` are as the method documents them (docs/merging.md), `parameters` its others; `tasks` name the parents:
     else the task of their metadata, else their file's name. `semantics` is whose choices are followed: the "paper"'s, "peft"'s or "mergekit"'s.
     `base` is needed for experts that hold new values, of PaFi and HiWi: merged are their differences to it.
-    `recompress` makes the result ternary again by ComPEFT, with a "density" (.1) and "alpha" (4).
+    `recompress` makes the result ternary again by ComPEFT, with a "density" (.1) and "alpha" (4). LoRA experts become what `parameters` say with
+    "lora": "concat" (stacked factors), "svd" (of rank "rank") or "sparse" (full weights, ternary).
     The result records the recipe and the parents' digests; their heads are carried under their tasks' names, not merged.
 
     Raises InvalidConfig, with every fault of the recipe and its parents at once (different bases, one task twice, a parent twice, changes that cannot

@@ -18,7 +18,7 @@ from sterna.codings import I64, PADDING, default_coding
 from sterna.compeft import ternarize
 from sterna.expert.changes import Add, Factors, LowRank, Product, Ternary
 from sterna.expert.expert import thin_matrices
-from sterna.merging.emitting import How
+from sterna.merging.emitting import How, rounded
 from sterna.merging.registry import F64, Kinds
 from sterna.numbers.products import product_entries
 from sterna.progress import Progress
@@ -107,8 +107,7 @@ def _stacked(name: str, held: Sequence[tuple[Factors, float]]) -> Factors:
     A = np.concatenate([part.A.codes() + (start * width << 1) for (part, _), start in zip(held, starts, strict=False)])
     B = [_moved(part.B.codes(), rank, starts[-1], start) for (part, _), rank, start in zip(held, ranks, starts, strict=False)]
     scales = [_rank_scales(part) * scale for part, scale in held]
-    with np.errstate(over="ignore"):
-        told = torch.from_numpy(np.concatenate(scales).astype(np.float32))
+    told = torch.from_numpy(rounded(name, np.concatenate(scales)))
     shapes = (starts[-1], *one.A.shape[1:]), (one.B.shape[0], starts[-1], *one.B.shape[2:])
     levels = [_levels(codes, shape) for codes, shape in zip((A, np.sort(np.concatenate(B))), shapes, strict=True)]
     return Factors(name, one.key, levels[0], levels[1], 1.0, one.transposed, one.embedding, told)
