@@ -33,6 +33,7 @@ _WHERE = {
     "load": "sterna.expert.file",
     "merge": "sterna.merging.merge",
     "recode": "sterna.recoding",
+    "search": "sterna.searching.search",
     "similarity": "sterna.similarities",
     "tune": "sterna.tuning.tuning",
     "verify": "sterna.verification",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from sterna.merging.merge import merge as merge
     from sterna.recoding import recode as recode
     from sterna.scoring.evaluate import evaluate as evaluate
+    from sterna.searching.search import search as search
     from sterna.similarities import similarity as similarity
     from sterna.summary import inspect as inspect
     from sterna.tuning.hiwi import HiWi as HiWi
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bitmasks", "Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
 __all__ += ["apply", "attach", "attached", "attached_to", "compress", "evaluate", "inspect", "load"]
-__all__ += ["merge", "recode", "similarity", "tune", "verify"]
+__all__ += ["merge", "recode", "search", "similarity", "tune", "verify"]
 
 
 def __getattr__(name: str) -> Any:
