@@ -618,8 +618,14 @@ def specified_content_digest(raw: bytes) -> str:
         for change in several:
             string(change[0], name)
             match change:
-                case "factors", _, _, _, scaling, transposed, embedding:
+                case "factors", _, _, _, scaling, transposed, embedding, ranks:
                     out += struct.pack("<dBB", scaling, transposed, embedding)
+                    if ranks is not None:
+                        exact(f"{name}.ranks", ranks)
+                case "lowrank", _, transposed, embedding, A, B:
+                    out += struct.pack("<BB", transposed, embedding)
+                    exact(f"{name}.A", A)
+                    exact(f"{name}.B", B)
                 case "multiply", _, axis, bias, _:
                     out.append(axis)
                     string(bias or "")
@@ -651,8 +657,8 @@ def specified_content_digest(raw: bytes) -> str:
 
 
 def test_the_content_digest_is_the_specified_one() -> None:
-    merged = from_bytes(SPECIMENS["merged"]().file())
-    for expert in (of_every_kind(), trained(), trained(ternary=True), sterna.compress(*pair(torch.float16), scope="tensor"), merged):
+    merged, adapters = (from_bytes(SPECIMENS[name]().file()) for name in ("merged", "adapters"))
+    for expert in (of_every_kind(), trained(), trained(ternary=True), sterna.compress(*pair(torch.float16), scope="tensor"), merged, adapters):
         assert expert.content_digest == specified_content_digest(bytes_of(expert))
 
 

@@ -24,7 +24,7 @@ from sterna.merging.products import (
     truncated,
 )
 from sterna.merging.recipe import RECOMPRESS, Recipe
-from sterna.merging.recompress import entries_of
+from sterna.merging.recompress import Entries
 from sterna.progress import Progress
 from sterna.streaming import chunks_of, ordered
 from sterna.taskvector import Piece
@@ -87,7 +87,7 @@ def sparse_losses(pieces: Sequence[Piece], adds: Sequence[Add]) -> list[Loss]:
     """|M - M'|^2 and |M|^2 of full weights and the ternary ones that were made of them, chunk by chunk."""
     losses = []
     for piece, add in zip(pieces, adds, strict=True):
-        made = entries_of(add)
+        made = Entries(add)
         lost = whole = 0.0
         for chunk, wanted in ordered(lambda chunk: chunk.read().astype(np.float64), chunks_of(piece)):
             near = np.empty(chunk.size, np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,17 +20,13 @@ def recompressed(changes: Sequence[Leveled], density: float, alpha: float, progr
 
     Zeros of the merged tensors count as entries. Merged values tie; ties at the threshold are cut by lowest flat index, as `sterna.compress` cuts.
     """
-    pieces = [Piece(change.name, change.levels.shape, entries_of(change)) for change in changes]
+    pieces = [Piece(change.name, change.levels.shape, Entries(change)) for change in changes]
     levels, _ = ternarize(pieces, density=density, alpha=alpha, per_tensor=False, coding=default_coding(), progress=progress)
     return [Add(change.name, ternary) for change, ternary in zip(changes, levels, strict=True)]
 
 
-def entries_of(change: Leveled) -> Callable[[int, int, F32], None]:
-    """Reads entries of a coded tensor, chunk by chunk; several threads may."""
-    return _Reader(change)
-
-
-class _Reader:
+class Entries:
+    """Entries of a coded tensor, chunk by chunk; several threads may read."""
 
     def __init__(self, change: Leveled) -> None:
         self._change = change
