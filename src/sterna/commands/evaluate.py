@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, warn
+from sterna.commands.shared import Json, print_json, progress_bar, warn
 from sterna.errors import CannotWrite, InvalidArgument
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ METRIC_HELP = "accuracy, macro_f1, matthews, spearman, perplexity, rougeL, ... o
 
 
 def evaluate(
-    base: Annotated[str, typer.Argument(metavar="BASE", help=BASE_HELP, show_default=False)],
-    experts: Annotated[list[Path] | None, typer.Argument(metavar="[EXPERT]...", help="Expert files.", show_default=False)] = None,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base: a model folder or a hub id.", show_default=False)],
+    experts: Annotated[list[Path] | None, typer.Argument(metavar="EXPERT", help="Expert files.", show_default=False)] = None,
     data: Annotated[list[str] | None, typer.Option(metavar="FILE | TASK=FILE", help=DATA_HELP, show_default=False)] = None,
     tuned: Annotated[list[str] | None, typer.Option(metavar="DIR", help=TUNED_HELP, show_default=False)] = None,
     metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help=METRIC_HELP, show_default="by the task")] = None,

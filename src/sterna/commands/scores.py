@@ -21,15 +21,16 @@ def tables(result: Evaluated, console: Console) -> Iterator[RenderableType]:
     from rich.measure import Measurement
     from rich.text import Text
 
+    every = [(task, metric) for task in result.tasks for metric in task.metrics]
+    room = console.options.update(max_width=10_000)
+    narrow = any(Measurement.get(console, room, _table(*one, narrow=False)).maximum > console.width for one in every)
     for number, task in enumerate(result.tasks):
-        if number:
-            yield ""
-        yield Text(_heading(task, result.base), style="bold")
+        yield Text(("\n" if number else "") + _heading(task, result.base), style="bold")
         for metric in task.metrics:
-            wide = _table(task, metric, " ")
-            fits = Measurement.get(console, console.options.update(max_width=10_000), wide).maximum <= console.width
-            yield wide if fits else _table(task, metric, "\n")
+            yield _table(task, metric, narrow=narrow)
             yield from (Text(line) for line in _unsettled(task, metric))
+            if metric is not task.metrics[-1]:
+                yield ""
     yield Text("[low, high]: 95 % intervals; differences are paired on the rows; noise: the interval holds 0", style="dim")
 
 
@@ -43,26 +44,42 @@ def _heading(task: TaskScores, base: str) -> str:
     )
 
 
-def _table(task: TaskScores, metric: Metric, gap: str) -> Table:
+def _table(task: TaskScores, metric: Metric, *, narrow: bool) -> Table:
+    """A row a model; on a narrow terminal what belongs together stands in one cell, line under line."""
     from rich.table import Table
     from rich.text import Text
 
     others = [name for name in dict.fromkeys((task.entries[0].name, task.reference)) if name is not None]
-    others = [name for name in others if len(task.entries) > 1 and any(name in task.against(entry) for entry in task.entries)]
+    others = [name for name in others if any(_shown(task, entry, name) for entry in task.entries)]
+    direction = "" if metric.higher_is_better else "less is better"
+    columns = [("model", "size"), (metric.title, direction), *((f"against {printable(name)}", "") for name in others)]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column(metric.title + ("" if metric.higher_is_better else " (less is better)"), justify="right")
-    for name in others:
-        table.add_column(f"against {printable(name)}", justify="right", overflow="fold")
-        table.add_column("", no_wrap=True)
+    for number, parts in enumerate(columns):
+        left = number == 0
+        if narrow:
+            title = "\n".join(filter(None, parts)) if number < 2 else f"against\n{_short(printable(others[number - 2]))}"
+            table.add_column(title, justify="left" if left else "right", overflow="fold", no_wrap=not left, min_width=10 if left else None)
+        else:
+            titles = parts if left else (" ".join(filter(None, (parts[0], parts[1] and f"({parts[1]})"))), "")
+            for place, title in enumerate(titles[: 1 if number == 1 else 2]):
+                table.add_column(title, justify="left" if left != bool(place) else "right", no_wrap=True)
     for entry in task.entries:
-        cells = [scored(entry.outcomes[metric.name].interval(), metric, gap)]
+        estimate = entry.outcomes[metric.name].interval()
+        cells: list[tuple[str, ...]] = [(_called(entry), "-" if entry.bytes is None else size(entry.bytes)), (scored(estimate, metric, narrow),)]
         for name in others:
-            against = name in task.against(entry) and entry is not task.entries[0]
-            cells += differing(task.difference(entry.name, name, metric.name), metric, gap) if against else ["", ""]
-        table.add_row(Text(_called(entry)), "-" if entry.bytes is None else size(entry.bytes), *map(Text, cells))
+            shown = _shown(task, entry, name)
+            cells.append(differing(task.difference(entry.name, name, metric.name), metric, narrow) if shown else ("", ""))
+        flat = ["\n".join(filter(None, cell)) for cell in cells] if narrow else [part for cell in cells for part in cell]
+        table.add_row(*map(Text, flat))
     return table
+
+
+def _shown(task: TaskScores, entry: Entry, name: str) -> bool:
+    return entry is not task.entries[0] and name in task.against(entry)
+
+
+def _short(name: str, most: int = 13) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _called(entry: Entry) -> str:
@@ -75,20 +92,20 @@ def figures(metric: Metric, *numbers: float) -> list[str]:
     if metric.points:
         return [f"{number:z.1f}" for number in numbers]
     largest = max(abs(number) for number in numbers)
-    digits = 1 if largest >= 100 else 2 if largest >= 10 else 3 if largest >= 0.1 else 5
+    digits = 1 if largest >= 100 else 2 if largest >= 10 else 3 if largest >= 0.1 else 4
     return [f"{number:z.{digits}f}" for number in numbers]
 
 
-def scored(estimate: Estimate, metric: Metric, gap: str = " ") -> str:
+def scored(estimate: Estimate, metric: Metric, narrow: bool = False) -> str:
+    """A value and its interval, which a narrow column has in a line of its own."""
     value, low, high = figures(metric, estimate.value, estimate.low, estimate.high)
-    return f"{value}{gap}[{low}, {high}]"
+    return f"{value}{chr(10) if narrow else ' '}[{low}, {high}]"
 
 
-def differing(found: Difference, metric: Metric, gap: str = " ") -> list[str]:
+def differing(found: Difference, metric: Metric, narrow: bool = False) -> tuple[str, str]:
     """A difference with its interval, and what it is worth."""
-    value, low, high = figures(metric, found.value, found.low, found.high)
-    sign = "" if value.startswith("-") else "+"
-    return [f"{sign}{value}{gap}[{low}, {high}]", "noise" if found.noise else _probability(found.p)]
+    text = scored(Estimate(found.value, found.low, found.high), metric, narrow)
+    return text if text.startswith("-") else f"+{text}", "noise" if found.noise else _probability(found.p)
 
 
 def _probability(p: float) -> str:

@@ -163,10 +163,10 @@ def opened_candidate(candidate: Candidate) -> Expert | Path | torch.nn.Module | 
 
 
 def purpose_of(candidate: Candidate, head: str | None = None) -> Purpose:
-    """What a candidate was made for. Raises NotFound, InvalidFile, InvalidArgument (of `head`)."""
+    """What a candidate was made for, with `head` where it has several. Raises NotFound, InvalidFile, InvalidArgument (of `head`)."""
     opened = opened_candidate(candidate)
     if isinstance(opened, Expert):
-        return of_expert(opened, head)
+        return of_expert(opened, head if opened.facts.heads else None)
     if isinstance(opened, Path):
         return of_adapter(opened) if is_adapter(opened) else of_folder(opened)
     return Purpose()
@@ -196,7 +196,8 @@ def open_bench(
     """Load a base (a model folder or hub id) for a task and make rows ready for it: files, a hub id, or mappings from column to cell.
 
     `like` are experts, tuned models or PEFT folders that are to be run: they say the task, the classes and their order, and lend the base a head
-    where it has none that fits. Else the base's own configuration says so, else the data. `rows` keeps as many, each label in proportion, by `seed`.
+    where it has none that fits (`head`, where one of them has several). Else the base's own configuration says so, else the data. `rows` keeps as
+    many, each label in proportion, by `seed`.
 
     Raises NotFound, InvalidFile and InvalidArgument before the model is loaded, as far as files can tell.
     """
@@ -210,7 +211,7 @@ def open_bench(
         raise InvalidArgument(f"the tokenizer of {folder.name} has neither a padding token nor an end of text; give it one and save it")
     given = like if isinstance(like, list | tuple) else (like,)
     candidates: list[Candidate] = [one for one in given if one is not None]
-    purposes = [purpose_of(one, head if isinstance(opened_candidate(one), Expert) else None) for one in candidates]
+    purposes = [purpose_of(one, head) for one in candidates]
     wanted = next((purpose for purpose in purposes if purpose.task or purpose.head), Purpose())
     table = table_of(data)
     own = of_folder(folder)
