@@ -41,13 +41,15 @@ def float32(values: torch.Tensor) -> F32:
 class TaskVector:
     """What one source gives to compression. `pieces` in the order of the flat vector; `changes` makes the expert's changes of their coded levels.
 
-    `tuned` makes the changes that give the tuned tensors themselves, not compressed. `exact` are kept as they are. `norm` is that of the base's tensors behind the pieces, None where the vector is not a difference to them.
+    `tuned` makes the changes that give the tuned tensors themselves, not compressed; `moved` those of any float32 numbers in the pieces' places, of
+    their shapes. `exact` are kept as they are. `norm` is that of the base's tensors behind the pieces, None where there are none to differ from.
     """
 
     source: SourceKind
     pieces: Sequence[Piece]
     changes: Callable[[Sequence[Ternary]], list[Change]]
     tuned: Callable[[], list[Change]]
+    moved: Callable[[Sequence[torch.Tensor]], list[Change]]
     exact: Sequence[Set]
     norm: Callable[[], float] | None = None
     prefixes: tuple[str, str] = ("", "")

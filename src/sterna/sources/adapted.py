@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,24 +43,30 @@ def adapted(base: Checkpoint, adapter: Adapter, exclude: Sequence[str]) -> TaskV
         bias = own[vector.key].removesuffix("weight") + "bias"
         return bias if not vector.feedforward and bias in base.tensors else None
 
-    def merged() -> list[Change]:
+    def moved(values: Sequence[torch.Tensor]) -> list[Change]:
         made: list[Change] = []
-        for factor in factors:
+        for factor, A, B in zip(factors, values[0::2], values[1::2], strict=False):
             old = base.read(own[factor.key])
+            factor = replace(factor, A=A, B=B)
             made.append(_moved(own[factor.key], old, factor.scaling * _product(factor, transposed[factor.key]).reshape(old.shape)))
-        for vector in vectors:
+        for vector, value in zip(vectors, values, strict=False):
             for name in filter(None, (own[vector.key], bias_of(vector))):
                 old = base.read(name)
                 shape = [1] * old.dim()
                 shape[vector.axis(transposed[vector.key]) if old.dim() > 1 else 0] = -1
-                made.append(_moved(name, old, old.float() * (vector.vector.float().reshape(shape) - 1)))
+                made.append(_moved(name, old, old.float() * value.reshape(shape)))
         return made
+
+    def merged() -> list[Change]:
+        whole = [part.float() for factor in factors for part in (factor.A, factor.B)]
+        return moved(whole + [vector.vector.float() - 1 for vector in vectors])
 
     return TaskVector(
         adapter.kind,
         pieces,
         changes,
         merged,
+        moved,
         [*_saved(base, adapter, alignment), *_embeddings(base, adapter, alignment)],
         prefixes=(alignment.base_prefix, alignment.other_prefix),
         adapter=_portable_config(adapter),

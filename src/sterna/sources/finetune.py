@@ -34,6 +34,9 @@ def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str], pairin
     def after() -> list[Change]:
         return [Set(p.name, _cut(tuned.read(p.tuned), p.shape), "tuned") for p in pairing.pairs]
 
+    def moved(values: Sequence[torch.Tensor]) -> list[Change]:
+        return [Set(p.name, base.read(p.name).float() + value, "tuned") for p, value in zip(pairing.pairs, values, strict=True)]
+
     def norm() -> float:
         return math.sqrt(sum(_sum_of_squares(base.read(p.name)) for p in pairing.pairs))
 
@@ -42,6 +45,7 @@ def finetune(base: Checkpoint, tuned: Checkpoint, exclude: Sequence[str], pairin
         pieces,
         changes,
         after,
+        moved,
         [Set(e.name, _exact_value(tuned.read(e.tuned), e.first_row), e.role, e.first_row) for e in pairing.exact],
         norm=norm,
         prefixes=pairing.prefixes,

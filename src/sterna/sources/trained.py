@@ -62,15 +62,28 @@ def trained(base: Checkpoint, expert: Expert, exclude: Sequence[str], progress: 
             Masked(change.rule, coded) if isinstance(change, Masked) else Add(change.name, coded) for change, coded in zip(tuned, levels, strict=True)
         ]
 
+    def moved(values: Sequence[torch.Tensor]) -> list[Change]:
+        made: list[Change] = []
+        for change, value in zip(tuned, values, strict=True):
+            if isinstance(change, Masked):
+                made.append(Masked(change.rule, torch.cat(_entries(change, base, own)).float() + value))
+            else:
+                made.append(Set(change.name, base.read(own[change.name]).float() + value, "tuned"))
+        return made
+
     kept = [change for change in expert.changes if isinstance(change, Set) and not is_tuned(change)]
-    return TaskVector(expert.facts.source, [piece(change) for change in tuned], changes, lambda: list(tuned), kept)
+    return TaskVector(expert.facts.source, [piece(change) for change in tuned], changes, lambda: list(tuned), moved, kept)
 
 
 def _masked(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> Piece:
     """The differences at the mask, one piece of rule.count entries."""
     assert isinstance(change.values, torch.Tensor)
+    return difference(change.name, (change.rule.count,), torch.cat(_entries(change, base, own)), change.values)
+
+
+def _entries(change: Masked, base: Checkpoint, own: Mapping[str, str]) -> list[torch.Tensor]:
+    """The base's values at the mask, tensor by tensor."""
     tensors = [base.read(own[name]).detach() for name in change.rule.names]
     refuse_count(change.rule, tensors)
     positions = choose(change.rule, list(map(tensor_piece, change.rule.names, tensors)))
-    before = [tensor.reshape(-1)[torch.from_numpy(places).to(tensor.device)] for tensor, places in zip(tensors, positions, strict=True)]
-    return difference(change.name, (change.rule.count,), torch.cat(before), change.values)
+    return [tensor.reshape(-1)[torch.from_numpy(places).to(tensor.device)] for tensor, places in zip(tensors, positions, strict=True)]
