@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sterna.commands.shared import Json, print_json, progress_bar, warn
-from sterna.errors import CannotWrite, InvalidArgument
+from sterna.commands.shared import Json, by_task, print_json, progress_bar, refuse_unwritable, warn
+from sterna.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from sterna.scoring.evaluated import Evaluated
@@ -68,14 +66,14 @@ def evaluate(
     if task not in (None, "classification", "regression", "causal-lm", "seq2seq"):
         raise InvalidArgument(f"--task is {task!r}; expected classification, regression, causal-lm or seq2seq")
     if output is not None:
-        _refuse_unwritable(output)
+        refuse_unwritable(output)
     try:
         with progress_bar() as progress:
             result = run(
                 base,
                 list(experts or []),
-                data=_by_task(data, "--data", alone=True),
-                tuned=_by_task(tuned, "--tuned", alone=True) if tuned else None,
+                data=by_task(data, "--data"),
+                tuned=by_task(tuned, "--tuned") if tuned else None,
                 metric=metric,
                 task=task,  # type: ignore[arg-type]
                 head=head,
@@ -101,27 +99,6 @@ def evaluate(
         print_json(result.to_dict())
     else:
         show(result)
-
-
-def _by_task(given: Sequence[str], option: str, alone: bool) -> Any:
-    """One file, or files by the name of their task. Raises InvalidArgument for several without names, or a name given twice."""
-    found: dict[str, str] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        named = bool(equals and name and value) and not Path(item).exists()
-        if not named:
-            if len(given) > 1:
-                raise InvalidArgument(f"{option} is given {len(given)} times, and {item!r} names no task; expected TASK=FILE each time")
-            return item
-        if name in found:
-            raise InvalidArgument(f"{option} is given twice for the task {name!r}")
-        found[name] = value
-    return found
-
-
-def _refuse_unwritable(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise CannotWrite(f"{path} cannot be written; expected a file in a folder that exists and can be written to")
 
 
 def show(result: Evaluated) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sterna.errors import CannotWrite, InvalidArgument
 from sterna.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -88,3 +90,25 @@ def size(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.2f} {letter}"
     return f"{count} bytes"
+
+
+def by_task(given: Sequence[str], option: str) -> Any:
+    """One file, or files by the name of their task. Raises InvalidArgument for several without names, or a name given twice."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        named = bool(equals and name and value) and not Path(item).exists()
+        if not named:
+            if len(given) > 1:
+                raise InvalidArgument(f"{option} is given {len(given)} times, and {item!r} names no task; expected TASK=FILE each time")
+            return item
+        if name in found:
+            raise InvalidArgument(f"{option} is given twice for the task {name!r}")
+        found[name] = value
+    return found
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise CannotWrite, before any work, where a file could not be written."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise CannotWrite(f"{path} cannot be written; expected a file in a folder that exists and can be written to")

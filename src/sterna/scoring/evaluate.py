@@ -96,9 +96,9 @@ def evaluate(
     if not parts:
         raise InvalidArgument("data is empty; expected rows, or a mapping from a task's name to its rows")
     given: list[ExpertSource] = [experts] if isinstance(experts, Expert | str | os.PathLike) else list(experts)
-    models = _named([("expert", source) for source in given])
-    tuned_of = _tuned(tuned, list(parts))
-    chosen = _by_task(models, list(parts), head)
+    models = named_models([("expert", source) for source in given])
+    tuned_of = tuned_by_task(tuned, list(parts))
+    chosen = models_by_task(models, list(parts), head)
     metrics = [metric] if metric is None or isinstance(metric, str | Metric) or callable(metric) else list(metric)
     columns = {"text": text, "label": label, "text_pair": text_pair, "target": target}
     options = {"rows": rows, "max_length": max_length, "target_max_length": target_max_length, "batch": batch, "seed": seed, "device": device}
@@ -138,7 +138,7 @@ class _Plan:
         return self.name if self.name in model.heads else self.head
 
 
-def _named(sources: Sequence[tuple[Kind, ExpertSource]]) -> list[Model]:
+def named_models(sources: Sequence[tuple[Kind, ExpertSource]]) -> list[Model]:
     """Open what is given and name it: by its file, with folders before it where two have one name. Raises NotFound, InvalidFile, InvalidArgument."""
     found: list[Model] = []
     for number, (kind, source) in enumerate(sources, 1):
@@ -166,7 +166,7 @@ def _apart(models: Sequence[Model]) -> list[Model]:
     return [replace(model, name=f"{model.name} ({model.kind})") if names.count(model.name) > 1 else model for model in models]
 
 
-def _tuned(tuned: Any, tasks: Sequence[str]) -> dict[str, list[Model]]:
+def tuned_by_task(tuned: Any, tasks: Sequence[str]) -> dict[str, list[Model]]:
     """The tuned model of each task that has one. Raises InvalidArgument for a task without rows, or several tasks and one model."""
     if tuned is None:
         return {}
@@ -176,10 +176,10 @@ def _tuned(tuned: Any, tasks: Sequence[str]) -> dict[str, list[Model]]:
         tuned = {tasks[0]: tuned}
     if strange := [name for name in tuned if name not in tasks]:
         raise InvalidArgument(f"a tuned model is given for the task {strange[0]!r}; the tasks of the data are {', '.join(tasks)}")
-    return {name: _named([("tuned", source)]) for name, source in tuned.items()}
+    return {name: named_models([("tuned", source)]) for name, source in tuned.items()}
 
 
-def _by_task(models: Sequence[Model], tasks: Sequence[str], head: str | None) -> dict[str, list[Model]]:
+def models_by_task(models: Sequence[Model], tasks: Sequence[str], head: str | None) -> dict[str, list[Model]]:
     """Which experts are run on which task. Raises InvalidArgument for an expert without a task, and a task without an expert."""
     if len(tasks) == 1:
         return {tasks[0]: list(models)}
