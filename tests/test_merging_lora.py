@@ -27,7 +27,7 @@ from sterna.merging.merge import merge
 from sterna.merging.replay import replay
 from sterna.training.errors import InvalidConfig
 from test_format import agree
-from test_merging import close, vector
+from test_merging import PAPERS, close, peft_merged, vector
 
 KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, bool]] = {
     "embed.weight": ((3, 31), (7, 3), True, True),
@@ -143,21 +143,113 @@ def test_factors_are_made_ternary_again(parameters: dict[str, Any], parents: lis
     agree(b"".join(map(bytes, file_pieces(made))))
 
 
-@pytest.mark.parametrize("parameters", [{}, {"lora": "svd", "rank": 2}, {"lora": "sparse"}])
-def test_neither_order_nor_threads_nor_a_replay_change_a_bit(parameters: dict[str, Any], parents: list[Expert], tmp_path: Path) -> None:
-    made = merge(parents, "task_arithmetic", weights=WEIGHTS, parameters=parameters)
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("task_arithmetic", {}),
+        ("task_arithmetic", {"lora": "svd", "rank": 2}),
+        ("task_arithmetic", {"lora": "sparse"}),
+        ("ties", {"rank": 2}),
+        ("ties", {"lora": "sparse"}),
+    ],
+)
+def test_neither_order_nor_threads_nor_a_replay_change_a_bit(method: str, parameters: dict[str, Any], parents: list[Expert], tmp_path: Path) -> None:
+    made = merge(parents, method, weights=WEIGHTS, parameters=parameters)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert merge(parents[::-1], "task_arithmetic", weights=WEIGHTS[::-1], parameters=parameters).content_digest == made.content_digest
+            assert merge(parents[::-1], method, weights=WEIGHTS[::-1], parameters=parameters).content_digest == made.content_digest
     finally:
         torch.set_num_threads(threads)
     paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for parent, path in zip(parents, paths, strict=True):
         parent.save(path)
-    merge(paths, "task_arithmetic", weights=WEIGHTS, parameters=parameters).save(tmp_path / "merged.safetensors")
+    merge(paths, method, weights=WEIGHTS, parameters=parameters).save(tmp_path / "merged.safetensors")
     assert replay(tmp_path / "merged.safetensors").content_digest == made.content_digest
+
+
+# Methods that look at single entries of the products
+
+
+def numbers(number: int) -> Expert:
+    """Factors that are numbers, so that no two entries of a product tie."""
+    random = np.random.default_rng(number)
+    changes: list[Change] = []
+    for name, (a, b, transposed, embedding) in KINDS.items():
+        A, B = (torch.from_numpy(random.standard_normal(shape).astype(np.float32)) for shape in (a, b))
+        changes.append(LowRank(name, f"model.{name[:-7]}", A, B, transposed, embedding))
+    return expert_of(changes, tuple(KINDS), scope="tensor", scale=0.0, source="lora", adapter=CONFIG, metadata={"task": f"task{number}"})
+
+
+def near(made: Expert, wanted: Vector) -> None:
+    """Equal but for what float32 factors round."""
+    got = vector(made)
+    assert got.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert np.allclose(got[name], values, rtol=0, atol=2e-6 * np.abs(values).max()), name
+
+
+FULL = {"rank": 50}
+"""A rank that no tensor exceeds."""
+
+
+@pytest.mark.parametrize("make", [lora, numbers])
+@pytest.mark.parametrize("method", ["ties", "consensus"])
+def test_entries_of_products_by_the_papers_formulas(method: str, make: Callable[[int], Expert]) -> None:
+    experts = [make(number) for number in range(3)]
+    reference, options = PAPERS[method]
+    made = merge(experts, method, weights=WEIGHTS, **options | {"parameters": options.get("parameters", {}) | FULL})
+    near(made, reference([vector(e) for e in experts], WEIGHTS))
+    assert made.facts.merge["loss"]["relative"] < 1e-6
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_random_masks_of_products(method: str) -> None:
+    experts = [lora(number) for number in range(3)]
+    vectors = [{n: v * dense.drop_mask(5, f"task{i}", n, v.shape, 0.6) / 0.6 for n, v in vector(expert).items()} for i, expert in enumerate(experts)]
+    reference = dense.task_arithmetic if method == "dare_linear" else dense.ties
+    near(merge(experts, method, weights=WEIGHTS, density=0.6, seed=5, parameters=FULL), reference(vectors, WEIGHTS))
+
+
+def test_outliers_of_products() -> None:
+    experts = [numbers(number) for number in range(3)]
+    wanted = dense.breadcrumbs([vector(e) for e in experts], WEIGHTS, 0.4, 0.1)
+    for semantics in ("paper", "mergekit"):
+        made = merge(experts, "breadcrumbs", weights=WEIGHTS, density=0.4, gamma=0.1, semantics=semantics, parameters=FULL)
+        near(made, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:The density")
+def test_semantics_of_peft_on_products() -> None:
+    experts = [numbers(number) for number in range(3)]
+    ours = merge(experts, "ties", weights=WEIGHTS, density=0.2, semantics="peft", parameters=FULL)
+    near(ours, peft_merged("ties", experts, WEIGHTS, density=0.2))
+
+
+@pytest.mark.skipif(not dense.MERGEKIT.exists(), reason="mergekit is not in an environment of its own: make mergekit, or STERNA_MERGEKIT_PYTHON")
+def test_semantics_of_mergekit_on_products() -> None:
+    experts = [numbers(number) for number in range(3)]
+    vectors = [{n: v.astype(np.float32) for n, v in vector(expert).items()} for expert in experts]
+    masks = [{n: dense.drop_mask(0, f"task{i}", n, v.shape, 0.7).astype(np.float32) for n, v in vectors[0].items()} for i in range(3)]
+    asked: list[tuple[str, dict[str, Any]]] = [("ties", {"density": 0.2}), ("dare_ties", {"density": 0.7})]
+    for (method, shares), theirs in zip(asked, dense.with_mergekit(asked, vectors, [1.0, 0.5, 0.25], masks), strict=True):
+        near(merge(experts, method, weights=[1.0, 0.5, 0.25], semantics="mergekit", parameters=FULL, **shares), theirs)
+
+
+def test_a_dense_result_is_cut_near_its_best_and_tells_its_error() -> None:
+    experts = [numbers(number) for number in range(3)]
+    wanted = dense.ties([vector(e) for e in experts], [1.0] * 3, 0.3)
+    made = merge(experts, "ties", density=0.3, parameters={"rank": 2})
+    assert made.facts.merge["loss"]["relative"] == pytest.approx(relative(vector(made), wanted), rel=1e-3)
+    best = sum((np.linalg.svd(v.reshape(v.shape[0], -1))[1][2:] ** 2).sum() for v in wanted.values())
+    lost = sum(((vector(made)[n] - v) ** 2).sum() for n, v in wanted.items())
+    assert best <= lost * (1 + 1e-6) <= 1.02 * best
+    again = merge(experts, "ties", density=0.3, parameters={"rank": 2}, recompress={"density": 0.5, "alpha": 1.2})
+    assert again.facts.merge["loss"]["relative"] == pytest.approx(relative(vector(again), wanted), rel=1e-3)
+    full = merge(experts, "ties", density=0.3, parameters={"lora": "sparse"}, recompress={"density": 0.5, "alpha": 1.2})
+    flat = np.concatenate([values.reshape(-1) for values in wanted.values()]).astype(np.float32).astype(np.float64)
+    assert np.allclose(np.concatenate([values.reshape(-1) for values in vector(full).values()]), ternary(flat, 0.5, 1.2), rtol=1e-5)
 
 
 # PEFT itself

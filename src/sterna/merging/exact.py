@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from sterna.expert.expert import Expert
 from sterna.mask import choose, tensor_piece
 from sterna.merging.emitting import How, rounded
 from sterna.merging.registry import F64, Kinds
+from sterna.merging.values import Share
 from sterna.numbers.selection import kept_entries
 from sterna.progress import Progress
 from sterna.sources.checkpoint import Source, open_checkpoint
@@ -45,21 +45,12 @@ def slot_fault(first: Slot, second: Slot) -> str | None:
     return "one is under a mask and the other tuned as a whole"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Shares:
-    """What a parent's method drops of one slot: `density`, `gamma`, and the task that names its random mask."""
-
-    density: float
-    gamma: float
-    task: str
-
-
 def merge_slots(
     parents: Sequence[Mapping[str, Slot]],
     expert: Expert,
     base: Source,
     weights: Mapping[str, F64],
-    shares: Mapping[str, Sequence[Shares]],
+    shares: Mapping[str, Sequence[Share]],
     how: How,
     seed: int,
     progress: Progress,
@@ -111,7 +102,7 @@ def _difference(slot: Slot | None, old: F64) -> F64:
     return slot.values.levels().astype(np.float64) * slot.values.scale
 
 
-def _drop(values: Mapping[str, F64], shares: Mapping[str, Shares], how: How, seed: int) -> None:
+def _drop(values: Mapping[str, F64], shares: Mapping[str, Share], how: How, seed: int) -> None:
     """Set to 0, in one parent's rows, what the method drops; rescale what stays of a random choice."""
     kind, paper = how.method.drop, how.semantics == "paper"
     least = 0.0
@@ -132,7 +123,7 @@ def _drop(values: Mapping[str, F64], shares: Mapping[str, Shares], how: How, see
             row[~_ranked(size, share, kind == "outliers", how.semantics)] = 0
 
 
-def _ranked(size: F64, share: Shares, outliers: bool, semantics: str) -> np.ndarray:
+def _ranked(size: F64, share: Share, outliers: bool, semantics: str) -> np.ndarray:
     """Which entries stay by their rank; see `sterna.merging.parents` on ties."""
     wanted, top = int(share.density * size.size), int(share.gamma * size.size) if outliers else 0
     if semantics == "paper":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,18 @@ from sterna.merging.products import (
     coefficients,
     concatenated,
     inner,
+    nearest,
     product_piece,
     recompressed_factors,
     sparse,
     truncated,
+    values_of,
 )
 from sterna.merging.recipe import RECOMPRESS, Recipe
 from sterna.merging.recompress import Entries
+from sterna.merging.values import Spool, least_magnitudes, merged_values
 from sterna.progress import Progress
-from sterna.streaming import chunks_of, ordered
+from sterna.streaming import Chunk, chunks_of, ordered
 from sterna.taskvector import Piece
 
 
@@ -53,13 +57,12 @@ def merge_products(recipe: Recipe, tensors: Sequence[Products], how: How, progre
 
     Raises InvalidArgument for values that float32 cannot hold.
     """
-    form = form_of(recipe)
-    share = recipe.recompress or RECOMPRESS
+    if not recipe.method.linear:
+        return _by_entries(recipe, tensors, how, progress)
+    form, share = form_of(recipe), recipe.recompress or RECOMPRESS
     sums = [stacked for each in tensors if (stacked := concatenated(each, coefficients(each, how))) is not None]
     if form == "sparse":
-        pieces = [product_piece(stacked) for stacked in sums]
-        adds = sparse(pieces, share["density"], share["alpha"], progress)
-        return list(adds), sparse_losses(pieces, adds)
+        return _sparse([product_piece(stacked) for stacked in sums], share, progress)
     made: list[Product] = list(sums)
     losses: list[Loss] = []
     if form == "svd":
@@ -76,6 +79,40 @@ def merge_products(recipe: Recipe, tensors: Sequence[Products], how: How, progre
     return list(made), losses
 
 
+def _by_entries(recipe: Recipe, tensors: Sequence[Products], how: How, progress: Progress) -> tuple[list[Change], list[Loss]]:
+    """Products merged by a method that looks at single entries: their dense result goes through a file, and is cut to a rank or made ternary."""
+    share = recipe.recompress or RECOMPRESS
+    every = [values_of(each) for each in tensors]
+    least = least_magnitudes(every, how)
+    total, done = sum(values.size for values in every), 0
+    with closing(Spool()) as spool:
+        for each, values in zip(tensors, every, strict=True):
+            spool.add(each.name, each.shape, merged_values(values, how, least, recipe.seed))
+            done += values.size
+            progress("merge", done, total, "parameters")
+        pieces = spool.pieces()
+        if form_of(recipe) == "sparse":
+            return _sparse(pieces, share, progress)
+        made: list[Product] = []
+        losses: list[Loss] = []
+        for number, (each, dense) in enumerate(zip(tensors, spool.tensors(), strict=True)):
+            about = concatenated(each, each.weights)
+            near, lost, whole = nearest(dense.reshape(each.shape[0], -1), each.any, recipe.rank or each.rank, about)
+            made.append(near)
+            losses.append(Loss(each.name, lost, whole))
+            progress("truncate", number + 1, len(tensors), "tensors")
+        if recipe.recompress is not None:
+            made = recompressed_factors(made, share["density"], share["alpha"], progress)
+            losses = [dense_loss(piece, product_piece(change)) for piece, change in zip(pieces, made, strict=True)]
+    return list(made), losses
+
+
+def _sparse(pieces: Sequence[Piece], share: Mapping[str, float], progress: Progress) -> tuple[list[Change], list[Loss]]:
+    adds = sparse(pieces, share["density"], share["alpha"], progress)
+    made = [Piece(add.name, add.levels.shape, Entries(add)) for add in adds]
+    return list(adds), [dense_loss(piece, near) for piece, near in zip(pieces, made, strict=True)]
+
+
 def product_loss(wanted: Product, made: Product) -> Loss:
     """|M - M'|^2 and |M|^2 of two products, from their thin matrices alone."""
     first, second = thin_matrices(wanted), thin_matrices(made)
@@ -83,19 +120,19 @@ def product_loss(wanted: Product, made: Product) -> Loss:
     return Loss(wanted.name, whole - 2 * inner(first, second) + inner(second, second), whole)
 
 
-def sparse_losses(pieces: Sequence[Piece], adds: Sequence[Add]) -> list[Loss]:
-    """|M - M'|^2 and |M|^2 of full weights and the ternary ones that were made of them, chunk by chunk."""
-    losses = []
-    for piece, add in zip(pieces, adds, strict=True):
-        made = Entries(add)
-        lost = whole = 0.0
-        for chunk, wanted in ordered(lambda chunk: chunk.read().astype(np.float64), chunks_of(piece)):
-            near = np.empty(chunk.size, np.float32)
-            made(chunk.start, chunk.stop, near)
-            lost += float(((wanted - near) ** 2).sum())
-            whole += float((wanted**2).sum())
-        losses.append(Loss(piece.name, lost, whole))
-    return losses
+def dense_loss(wanted: Piece, made: Piece) -> Loss:
+    """|M - M'|^2 and |M|^2 of two tensors, chunk by chunk."""
+    lost = whole = 0.0
+    for _, (difference, square) in ordered(lambda chunk: _squares(chunk, made), chunks_of(wanted)):
+        lost += difference
+        whole += square
+    return Loss(wanted.name, lost, whole)
+
+
+def _squares(chunk: Chunk, made: Piece) -> tuple[float, float]:
+    wanted, near = chunk.read().astype(np.float64), np.empty(chunk.size, np.float32)
+    made.read(chunk.start, chunk.stop, near)
+    return float(((wanted - near) ** 2).sum()), float((wanted**2).sum())
 
 
 def loss_record(losses: Sequence[Loss]) -> dict[str, Any]:

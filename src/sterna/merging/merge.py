@@ -18,7 +18,7 @@ from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import Facts
 from sterna.expert.palette import Palette
 from sterna.merging.emitting import How, Task, merged
-from sterna.merging.exact import Shares, Slot, merge_slots, require_base_given, slot_fault, slots_of
+from sterna.merging.exact import Slot, merge_slots, require_base_given, slot_fault, slots_of
 from sterna.merging.lora import form_of, loss_record, merge_products, product_entries_of
 from sterna.merging.parents import Leveled, Part, dropped, part_of, threshold, trimmed
 from sterna.merging.products import Products, adapter_config, product_fault
@@ -26,6 +26,7 @@ from sterna.merging.recipe import RECOMPRESS, Model, Recipe, of_arguments, parse
 from sterna.merging.recompress import recompressed
 from sterna.merging.registry import Semantics
 from sterna.merging.schedule import layers_of
+from sterna.merging.values import Share
 from sterna.progress import Progress, silent
 from sterna.sources.checkpoint import Source
 from sterna.training.errors import Faults
@@ -240,12 +241,15 @@ def _products(parents: Sequence[Opened]) -> list[Products]:
     """Every tensor that a parent adds a product to."""
     order = sorted(range(len(parents)), key=lambda number: parents[number].expert.content_digest)  # so that the parents' order does not matter
     layers = layers_of(parents[0].expert.fingerprint.names)
-    return [
-        Products(
-            name, [parent.products.get(name) for parent in parents], np.array([parent.model.weight.at(name, layers) for parent in parents]), order
-        )
-        for name in sorted({name for parent in parents for name in parent.products})
-    ]
+    made = []
+    for name in sorted({name for parent in parents for name in parent.products}):
+        weights = np.array([parent.model.weight.at(name, layers) for parent in parents])
+        made.append(Products(name, [parent.products.get(name) for parent in parents], weights, order, _shares(parents, name, layers)))
+    return made
+
+
+def _shares(parents: Sequence[Opened], name: str, layers: int) -> list[Share]:
+    return [Share(parent.model.density.at(name, layers), parent.model.gamma.at(name, layers), parent.task) for parent in parents]
 
 
 def _merged_slots(recipe: Recipe, parents: Sequence[Opened], how: How, base: Source | None, progress: Progress) -> list[Change]:
@@ -255,10 +259,7 @@ def _merged_slots(recipe: Recipe, parents: Sequence[Opened], how: How, base: Sou
         return []
     layers = layers_of(parents[0].expert.fingerprint.names)
     weights = {name: np.array([parent.model.weight.at(name, layers) for parent in parents]) for name in names}
-    shares = {
-        name: [Shares(parent.model.density.at(name, layers), parent.model.gamma.at(name, layers), parent.task) for parent in parents]
-        for name in names
-    }
+    shares = {name: _shares(parents, name, layers) for name in names}
     given = require_base_given(base, names[0])
     return merge_slots([parent.slots for parent in parents], parents[0].expert, given, weights, shares, how, recipe.seed, progress)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from sterna.expert.changes import Add, Factors, LowRank, Product, Ternary
 from sterna.expert.expert import thin_matrices
 from sterna.merging.emitting import How, rounded
 from sterna.merging.registry import F64, Kinds
+from sterna.merging.values import Read, Share, Values
 from sterna.numbers.products import product_entries
 from sterna.progress import Progress
 from sterna.recoding import stream_of
@@ -30,14 +32,20 @@ FORMS: tuple[Form, ...] = ("concat", "svd", "sparse")
 """What LoRA experts become: factors stacked, which is exact; factors of a rank, by a truncated SVD; or full weights, made ternary by ComPEFT."""
 
 
+_MORE, _ROUNDS = 8, 2
+"""Columns beyond the rank, and rounds, of the iteration that cuts a dense matrix to a rank."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Products:
-    """One tensor to merge: the parents' products (None where a parent has none), their weights float64[n], and in which order factors are stacked."""
+    """One tensor to merge: the parents' products (None where a parent has none), their weights float64[n], in which order factors are
+    stacked, and what a method drops of each."""
 
     name: str
     parts: Sequence[Product | None]
     weights: F64
     order: Sequence[int]
+    shares: Sequence[Share]
 
     @property
     def any(self) -> Product:
@@ -162,6 +170,36 @@ def low_rank(like: Product, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor, r
     return LowRank(like.name, like.key, A.reshape(shapes[0]), B.reshape(shapes[1]), like.transposed, like.embedding)
 
 
+def nearest(M: F32, like: Product, rank: int, about: Product | None) -> tuple[LowRank, float, float]:
+    """A product of that rank near a dense float32 M [rows, columns], and what is lost, as `truncated` tells; M is read some rows at a time.
+
+    By subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4) that begins at the columns of `about`, a product that is near, and noise.
+    """
+    m, n = M.shape
+    width = min(rank + _MORE, m, n)
+    begin = np.random.RandomState(0).standard_normal((n, width))  # whose numbers stay what they are
+    if about is not None:
+        held = thin_matrices(truncated(about, width)[0])[1].T
+        begin[:, : held.shape[1]] = held
+    with one_thread():
+        whole = torch.from_numpy(M)
+        V = torch.linalg.qr(torch.from_numpy(begin).float()).Q
+        for _ in range(_ROUNDS):
+            U = torch.linalg.qr(whole @ V).Q
+            V = torch.linalg.qr(whole.T @ U).Q
+        U = torch.linalg.qr((whole @ V).double()).Q
+        rows = max((1 << 20) // n, 1)
+        small, squares = torch.zeros(n, width, dtype=torch.float64), 0.0
+        for first in range(0, m, rows):
+            part = whole[first : first + rows].double()
+            small += part.T @ U[first : first + rows]
+            squares += float((part**2).sum())
+        right, S, left = torch.linalg.svd(small, full_matrices=False)
+        sides = (right, U @ left.T) if like.transposed else (U @ left.T, right)
+        made = low_rank(like, sides[0], S, sides[1], rank)
+    return made, squares - float((S[:rank] ** 2).sum()), squares
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """torch on one thread: what LAPACK rounds depends on their number."""
@@ -171,6 +209,23 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def values_of(products: Products) -> Values:
+    """A tensor's products by their entries, for methods that look at single ones."""
+    sources = [partial(_read, part) if part is not None else None for part in products.parts]
+    return Values(products.name, math.prod(products.shape), sources, products.weights, products.shares)
+
+
+def _read(change: Product) -> Read:
+    left, right = thin_matrices(change)
+
+    def read(start: int, stop: int) -> F64:
+        out = np.empty(stop - start, np.float32)
+        product_entries(left, right, start, out)
+        return out.astype(np.float64)
+
+    return read
 
 
 def product_piece(change: Product) -> Piece:

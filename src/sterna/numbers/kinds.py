@@ -67,6 +67,26 @@ def add_chosen(codes, counts, starts, radix, kinds, ordinal, indices, width, low
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
+def drop_random(values, seed, chance, place):
+    """Set to 0 the values (flat position of the first: `place`) that `add_chosen` would not keep with probability chance / 2^53."""
+    for i in range(values.size):
+        if _random53(_U(seed), _U(place + i + 1)) >= _U(chance):
+            values[i] = 0.0
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def sort_columns(values):
+    """Sort every column of float64[n, k], by n rounds of exchanges between neighbouring rows: all columns at a time, for few rows."""
+    n, k = values.shape
+    for done in range(n):
+        for i in range(done % 2, n - 1, 2):
+            for j in range(k):
+                first, second = values[i, j], values[i + 1, j]
+                values[i, j] = second if second < first else first
+                values[i + 1, j] = first if second < first else second
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
 def count_kinds(kinds, counts):
     """counts[kind] += 1 for every position."""
     for i in range(kinds.size):
