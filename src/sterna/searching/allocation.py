@@ -26,6 +26,9 @@ from sterna.numbers.selection import UPPER_BINS, kept_entries
 
 AllocationName = Literal["global", "tensor", "scaled", "balanced"]
 
+FACTOR, EXPONENT = 4.1, 0.65
+"""Of the closed form: what the best scales of searches were near to; docs/search.md has how near."""
+
 _ROUNDS = 60
 
 
@@ -73,9 +76,9 @@ ALLOCATIONS: dict[AllocationName, Callable[[Sequence[Survey], float], Allocation
 }
 
 
-def closed_form_alpha(density: float, factor: float) -> float:
-    """factor / sqrt(density): for the factor 1, what is kept has the norm of the whole vector, d * std^2 = density * d * (alpha * std)^2."""
-    return factor / math.sqrt(density)
+def closed_form_alpha(density: float) -> float:
+    """FACTOR * (density / .1)^-EXPONENT: near to density^-.5, under which what is kept has the norm of the whole vector."""
+    return FACTOR * math.pow(density / 0.1, -EXPONENT)
 
 
 def _budget(surveyed: Survey, kept: int) -> Budget:

@@ -18,7 +18,7 @@ from sterna.searching.allocation import closed_form_alpha
 from sterna.searching.candidates import Maker, Setting
 from sterna.searching.ledger import Ledger
 from sterna.searching.result import Compared, Evaluated, Goal, SearchResult
-from sterna.searching.strategy import FACTOR, Explorer, Family, Spent, Trial
+from sterna.searching.strategy import Explorer, Family, Spent, Trial
 from sterna.sources.checkpoint import Source
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def search(
     100, and so is `within`). Of `data` the share `test` is put aside, each label in proportion, by `seed`; or `test` are rows of their own. They are
     scored once, at the end. `rows` are further arguments of `sterna.scoring.bench.open_bench`: task, text, label, max_length, dtype, ...
     At most `evaluations` settings are scored. With a `run_dir` scores outlast the process, and the same call goes on with them; a function is known
-    by its name and source there. Without score and data the choice is made by a formula: alpha = 1.3 / sqrt(density), for `max_bytes` or density .1.
+    by its name and source there. Without score and data the choice is made by a formula, alpha = 4.1 (density / .1)^-.65, for `max_bytes` or the
+    density .1.
 
     Where no setting reaches `within`, the best one is returned with `reached` False.
 
@@ -147,7 +148,7 @@ def _limit(maker: Maker, family: Family, max_bytes: int | None) -> int | None:
 
 
 def _by_formula(maker: Maker, goal: Goal, limit: int | None, metadata: Mapping[str, Any] | None) -> SearchResult:
-    """alpha = FACTOR / sqrt(density) under the first family: what is kept has FACTOR times the norm of the whole task vector."""
+    """The scale of the closed form under the first family, for the size asked for or density .1."""
     family = families_of(maker)[0]
     density: float | None = DENSITY
     if limit is not None:
@@ -155,7 +156,7 @@ def _by_formula(maker: Maker, goal: Goal, limit: int | None, metadata: Mapping[s
         assert density is not None
     assert density is not None
     plain = family.at(density, 0.0)
-    setting = replace(plain, alpha=float(f"{closed_form_alpha(plain.density, FACTOR):.3g}"))
+    setting = replace(plain, alpha=float(f"{closed_form_alpha(plain.density):.3g}"))
     note = {"goal": str(goal), "chosen": "by formula", **_said(setting)}
     expert = maker.expert(setting, {**(metadata or {}), "search": note})
     return SearchResult(expert, setting, _size(expert), goal, True, True)

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from sterna.precision import HeadPrecision
-from sterna.searching.allocation import AllocationName
+from sterna.searching.allocation import AllocationName, closed_form_alpha
 from sterna.searching.candidates import Setting
 from sterna.summary import ternary_entropy
 
-FACTOR = 1.3
-"""u of the closed form, and where a search begins."""
 START = 0.05
 """The density that a search for the smallest begins at."""
 STEP = math.log(1.5)
@@ -29,7 +27,7 @@ SHRINK = 0.85
 """What a challenger must save to be worth an evaluation."""
 _CURVATURE = 0.5
 """Loss of score at (ln u - peak)^2 = 1, in units of the tuned model's gain over the base, where nothing was measured yet."""
-_SPREAD, _SLOPE, _ERROR = 0.35, 0.1, 0.12
+_SPREAD, _SLOPE, _ERROR = 0.35, 0.1, 0.25
 """Standard deviations of a peak's place before any was seen, of its slope over ln(density), and of one that was measured."""
 _MOST = 5
 """Scales of one climb, before the parabola's."""
@@ -78,9 +76,10 @@ class Spent(Exception):
 
 @dataclass
 class Ridge:
-    """Where ln u of the best scale lies over ln(density): a line by least squares with a prior, from the peaks that were found."""
+    """Where ln u of the best scale lies over ln(density), by how much it differs from the closed form: a line by least squares with a prior, from the
+    peaks that were found."""
 
-    mean: float = math.log(FACTOR)
+    mean: float = 0.0
     peaks: list[tuple[float, float]] = field(default_factory=list)
 
     def at(self, density: float) -> tuple[float, float]:
@@ -91,11 +90,12 @@ class Ridge:
         for place, height in self.peaks:
             t = math.log(place / START)
             a, b, c = a + _ERROR**-2, b + t * _ERROR**-2, c + t * t * _ERROR**-2
-            p, q = p + (height - self.mean) * _ERROR**-2, q + (height - self.mean) * t * _ERROR**-2
+            difference = (height - _formula(place) - self.mean) * _ERROR**-2
+            p, q = p + difference, q + difference * t
         determinant = a * c - b * b
         intercept, slope = (c * p - b * q) / determinant, (a * q - b * p) / determinant
         variance = (c - 2 * b * x + a * x * x) / determinant
-        return self.mean + intercept + slope * x, math.sqrt(variance)
+        return _formula(density) + self.mean + intercept + slope * x, math.sqrt(variance)
 
 
 class Explorer:
@@ -167,7 +167,7 @@ class Explorer:
         key = (family.allocation, family.planes)
         if key not in self._ridges:
             plain = next(iter(self._ridges.values()), Ridge())
-            self._ridges[key] = Ridge(plain.at(START)[0]) if self._ridges else plain
+            self._ridges[key] = Ridge(plain.at(START)[0] - _formula(START)) if self._ridges else plain
         return self._ridges[key]
 
     def density_for(self, family: Family, size: float) -> float | None:
@@ -280,6 +280,11 @@ def _vertex(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     second = (right - left) / (x2 - x0)
     return ((x0 + x1) / 2 - left / (2 * second) if second < 0 else x1), -second
+
+
+def _formula(density: float) -> float:
+    """ln u of the closed form."""
+    return math.log(closed_form_alpha(density) * math.sqrt(density))
 
 
 def _place(setting: Setting) -> float:
