@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,7 @@ from sterna.scoring.bench import Bench
 from sterna.scoring.intervals import Difference, Estimate
 from sterna.scoring.outcome import Outcome
 from sterna.sources.adapter import is_adapter
+from sterna.sources.checkpoint import open_checkpoint
 from sterna.summary import Summary, inspect
 from sterna.training.evaluation import Outputs
 from sterna.training.methods import head_names
@@ -104,14 +106,21 @@ def measure(subjects: Sequence[Subject], *, repeats: int = REPEATS, inputs: Sequ
         parts.append(task_part(subject, bench, progress))
         benches.append(replace(bench, model=benches[0].model) if benches else bench)
     live = live_part(subjects, benches, repeats, progress)
-    return report_of(benches[0], parts, live, inputs=tuple(inputs), seconds=time.perf_counter() - started)
+    lines = (*inputs, *((f"{subject.name}: rows", bench.source) for subject, bench in zip(subjects, benches, strict=True)), *expert_lines(subjects))
+    return report_of(benches[0].base, parts, live, inputs=lines, seconds=time.perf_counter() - started)
 
 
-def report_of(bench: Bench, parts: Sequence[TaskPart], live: LivePart | None, **fields: Any) -> Report:
+def expert_lines(subjects: Sequence[Subject]) -> tuple[tuple[str, str], ...]:
+    """Which experts were measured, by the digest of their files."""
+    return tuple((f"{one.name}: expert", f"{one.label}, sha256 {one.expert.digest}".removeprefix(", ")) for one in subjects if one.expert is not None)
+
+
+def report_of(base: Path, parts: Sequence[TaskPart], live: LivePart | None, **fields: Any) -> Report:
     """The parts as one report, with the machine and today's date."""
+    tensors = open_checkpoint(base).tensors.values()
     return Report(
-        base=bench.base.name,
-        parameters=sum(parameter.numel() for parameter in bench.model.parameters()),
+        base=base.name,
+        parameters=sum(math.prod(info.shape) for info in tensors if info.dtype.is_floating_point),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         tasks=tuple(part.task for part in parts),
         dtypes=tuple(run for part in parts for run in part.dtypes),
@@ -249,7 +258,7 @@ def live_part(subjects: Sequence[Subject], benches: Sequence[Bench], repeats: in
     rounds = _counter(progress, "timing attach, swap, detach", repeats + 1, "rounds")
     steps = live_steps(model, first, other, repeats, rounds)
     speed = latency(model, first, longest_batch(bench), repeats, _counter(progress, "timing inference", repeats, "pairs"))
-    memory = _memory(model, experts)
+    memory = memory_of(model, experts)
     threads = with_threads(model, first, THREADS, max(3, repeats // 3))
     side = _side_by_side(model, having, progress) if len(having) > 1 else None
     restored = same_bits(model.state_dict(), before)
@@ -264,7 +273,7 @@ def longest_batch(bench: Bench) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.inputs.items() if name in kept and isinstance(value, torch.Tensor)}
 
 
-def _memory(model: torch.nn.Module, experts: Sequence[Expert]) -> Memory:
+def memory_of(model: torch.nn.Module, experts: Sequence[Expert]) -> Memory:
     base = sum(value.numel() * value.element_size() for value in {id(v): v for v in model.state_dict(keep_vars=True).values()}.values())
     sizes, undo = [], []
     for expert in experts:

@@ -46,8 +46,7 @@ def page(report: Report, language: str = "en") -> str:
     Raises:
         InvalidArgument: a language that there is no text in.
     """
-    if language not in LANGUAGES:
-        raise InvalidArgument(f"language is {language!r}: expected one of {', '.join(LANGUAGES)}")
+    checked_language(language)
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     report = cleaned(report)
@@ -79,6 +78,12 @@ def page(report: Report, language: str = "en") -> str:
         memory_gb=f"{memory_shown(report.memory.base) / 1e9:g}" if report.memory else "",
         json=_json(report),
     )
+
+
+def checked_language(language: str) -> None:
+    """Raise InvalidArgument for a language that there is no text in."""
+    if language not in LANGUAGES:
+        raise InvalidArgument(f"language is {language!r}; expected one of {', '.join(LANGUAGES)}")
 
 
 def _json(report: Report) -> Markup:
