@@ -42,6 +42,8 @@ ROWS = {"validation": 80, "test": 300}
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 COMPRESSED = {"full": (0.1, 4.0), "lora": (0.2, 2.0), "pafi": (0.3, 2.0)}
 """Density and alpha of the compressed parents."""
+LORA_RANK = 8 * len(library.TASKS)
+"""Of merged LoRA experts: what stacking six of rank 8 gives."""
 SIDES = ("compressed", "uncompressed")
 Vector = dict[str, torch.Tensor]
 """A merged or single task vector by the base's names, fp32."""
@@ -220,6 +222,8 @@ def merged_expert(training: str, name: str, scale: float, exact: bool) -> Expert
     method = METHODS[name]
     parents = [sterna.load(library.Trained(task, training).tuned) if exact else expert(task, training) for task in library.TASKS]
     parameters: dict[str, Any] = dict(method.parameters) | ({} if method.start is None else {"lambda": scale})
+    if training == "lora" and name not in ("linear", "task_arithmetic", "model_stock"):  # entries of products have no small rank; the others stack
+        parameters |= {"lora": "svd", "rank": LORA_RANK}
     density = parameters.pop("density", None)
     gamma = parameters.pop("gamma", None)
     return sterna.merge(parents, name, tasks=list(library.TASKS), density=density, gamma=gamma, parameters=parameters, base=str(library.base()))
