@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from sterna.demo import assets, controls, data
+from sterna.demo import assets, data
 from sterna.demo.evaluation import Score, climb, counter
 from sterna.demo.options import DemoOptions, checked
 from sterna.demo.report import DemoResult, LiveResult, Row, TaskResult
@@ -24,6 +24,7 @@ from sterna.demo.run import run_demo
 from sterna.demo.tables import read_rows
 from sterna.demo.timing import Latency, Steps
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, SternaError
+from sterna.scoring import dense as controls
 from sterna.scoring import intervals
 from sterna.training.models import model_folder
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 DATA_HELP = "Rows: .csv, .tsv, .jsonl, .parquet, .txt, or a hub id. Given again as TASK=FILE: several tasks, each with the experts named for it."
 TUNED_HELP = "The tuned model's folder, a PEFT folder, or an exact expert, to hold the experts against; TASK=DIR where there are several tasks."
 METRIC_HELP = "accuracy, macro_f1, matthews, spearman, perplexity, rougeL, ... or package.module:function. May be given again."
+CONTROLS_HELP = (
+    "Add other ways to store the tuned model: pruned, rounded, BitDelta, DARE, ...; a fifth of the rows is kept apart to choose a scale on."
+)
 
 
 def evaluate(
@@ -31,6 +34,7 @@ def evaluate(
     head: Annotated[
         str | None, typer.Option("--head-task", "--head", metavar="NAME", help="Which head of a merged expert is used.", show_default=False)
     ] = None,
+    controls: Annotated[bool, typer.Option("--controls", help=CONTROLS_HELP)] = False,
     text_column: Annotated[
         str | None, typer.Option("--text-column", "--text", metavar="NAME", help="The column of the text.", show_default="by usual names")
     ] = None,
@@ -77,6 +81,7 @@ def evaluate(
                 metric=metric,
                 task=task,  # type: ignore[arg-type]
                 head=head,
+                controls=controls,
                 text=text_column,
                 text_pair=pair_column,
                 label=label_column,

@@ -31,7 +31,7 @@ def tables(result: Evaluated, console: Console) -> Iterator[RenderableType]:
             yield from (Text(line) for line in _unsettled(task, metric))
             if metric is not task.metrics[-1]:
                 yield ""
-    yield Text("[low, high]: 95 % intervals; differences are paired on the rows; noise: the interval holds 0", style="dim")
+    yield Text("[low, high]: 95 % intervals; differences are paired on the rows; noise: the interval holds 0, or p is not below .05", style="dim")
 
 
 def _heading(task: TaskScores, base: str) -> str:
@@ -83,8 +83,8 @@ def _short(name: str, most: int = 13) -> str:
 
 
 def _called(entry: Entry) -> str:
-    head = entry.detail.get("head")
-    return printable(entry.name + (f", head {head}" if head else ""))
+    said = {"head": "head {}", "density": "density {:g}", "alpha": "alpha {:.3g}", "factor": "times {:g}"}
+    return printable(", ".join([entry.name, *(how.format(entry.detail[key]) for key, how in said.items() if key in entry.detail)]))
 
 
 def figures(metric: Metric, *numbers: float) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from sterna.demo.data import Split
 from sterna.needs import needed
 from sterna.progress import Progress
+from sterna.scoring import scales
 from sterna.scoring.intervals import Estimate, wilson
 
 BATCH = 64
@@ -101,19 +102,8 @@ def counter(progress: Progress, step: str, total: int, unit: str) -> Callable[[i
 
 
 def climb(grid: Sequence[float], start: float, score: Callable[[float], Score]) -> float:
-    """The best value of a sorted grid, found by walking uphill from the value nearest to `start`: the curve over scales has one peak.
-
-    Walks towards larger values while that is better, and towards smaller ones only where the first step up was not.
-    """
-    first = min(range(len(grid)), key=lambda i: (abs(grid[i] - start), i))
-    top = score(grid[first]).rank
-    for direction in (1, -1):
-        best = first
-        while 0 <= best + direction < len(grid) and (rank := score(grid[best + direction]).rank) > top:
-            best, top = best + direction, rank
-        if best != first:
-            return grid[best]
-    return grid[first]
+    """The value of a sorted grid with the best score, found by walking uphill from the one nearest to `start`."""
+    return scales.climb(grid, start, lambda value: score(value).rank)
 
 
 def bag_of_words(tokenizer: Any, train: Tokens, test: Tokens) -> Estimate:

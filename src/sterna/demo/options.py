@@ -10,8 +10,6 @@ from sterna.errors import InvalidArgument
 
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0)
 """The paper's grid from 1 up, and two steps beyond its end: at low densities the best alpha of a LoRA lies there."""
-FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
-"""Scales tried on the uncompressed task vector."""
 
 
 @dataclass(frozen=True, slots=True)

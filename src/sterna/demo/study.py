@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 import sterna
-from sterna.demo.controls import mean_in_std, prune_only, stc
 from sterna.demo.evaluation import Score, Tokens, bag_of_words, climb, counter, evaluate
-from sterna.demo.options import FACTORS, DemoOptions
+from sterna.demo.options import DemoOptions
 from sterna.demo.product import Size, measured, saved
 from sterna.demo.report import Row
 from sterna.demo.subjects import Subject
 from sterna.progress import Progress
+from sterna.scoring.dense import mean_in_std, prune_only, stc
 from sterna.scoring.intervals import paired_difference
+from sterna.scoring.scales import FACTORS
 
 
 @dataclass(frozen=True, slots=True)

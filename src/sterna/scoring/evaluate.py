@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sterna.compression import ALPHA, DENSITY
 from sterna.errors import InvalidArgument
 from sterna.expert.expert import Expert
 from sterna.expert.file import load
@@ -26,6 +28,9 @@ from sterna.training.data import shuffled
 from sterna.training.metrics import Metric
 from sterna.training.plan import versions
 from sterna.training.tasks import TaskName
+
+SELECTION = 0.2
+"""The share of rows that is kept apart where controls are asked for."""
 
 PROBED = 32
 """Rows on which a person's own metric is tried before the long work starts."""
@@ -66,6 +71,7 @@ def evaluate(
     metric: Choice | Sequence[Choice] | None = None,
     task: TaskName | None = None,
     head: str | None = None,
+    controls: bool = False,
     text: str | None = None,
     label: str | None = None,
     text_pair: str | None = None,
@@ -86,8 +92,9 @@ def evaluate(
     .parquet, .txt), a hub id, or mappings from column to cell. Several tasks at once are a mapping from name to rows, and `tuned` then one too: a
     merged expert is run on each with the head of that name, every other expert on the task that its metadata or its file is named for.
     `metric` is one or more: a name, an import path "package.module:function", a function of (predicted, wanted). `head` is which head of a merged
-    expert is used. `text`, `label`, `text_pair` and `target` name columns; `rows` keeps as many, chosen by `seed`; `dtype` is what the base is loaded
-    in: "fp32", "bf16" or "fp16".
+    expert is used. `controls` adds other ways to store the tuned model, each scored as read from a file (`sterna.scoring.controls`); a fifth of the
+    rows is then kept apart, to choose a scale on. `text`, `label`, `text_pair` and `target` name columns; `rows` keeps as many, chosen by `seed`;
+    `dtype` is what the base is loaded in: "fp32", "bf16" or "fp16".
 
     Raises NotFound, InvalidFile, InvalidArgument, PairingError, WrongBase, WrongModel or BadMetric before any model is run.
     """
@@ -100,10 +107,16 @@ def evaluate(
     tuned_of = tuned_by_task(tuned, list(parts))
     chosen = models_by_task(models, list(parts), head)
     metrics = [metric] if metric is None or isinstance(metric, str | Metric) or callable(metric) else list(metric)
+    if controls and (missing := [name for name in parts if name not in tuned_of]):
+        raise InvalidArgument(
+            f"controls are made of the tuned model, and none is given{f' for {missing[0]}' if missing[0] else ''}; add tuned= (--tuned)"
+        )
     columns = {"text": text, "label": label, "text_pair": text_pair, "target": target}
     options = {"rows": rows, "max_length": max_length, "target_max_length": target_max_length, "batch": batch, "seed": seed, "device": device}
     plans = [
-        _Plan(base, name, part, _apart([*tuned_of.get(name, []), *chosen[name]]), metrics, task, head, {**columns, **options, "dtype": dtype})
+        _Plan(
+            base, name, part, _apart([*tuned_of.get(name, []), *chosen[name]]), metrics, task, head, controls, {**columns, **options, "dtype": dtype}
+        )
         for name, part in parts.items()
     ]
     if len(plans) > 1:  # all tasks are looked at before the first is run
@@ -129,6 +142,7 @@ class _Plan:
     metrics: Sequence[Choice | None]
     task: TaskName | None
     head: str | None
+    controls: bool
     options: Mapping[str, Any]
 
     def head_of(self, model: Model) -> str | None:
@@ -234,6 +248,7 @@ def _scores(plan: _Plan, bench: Bench, warn: Callable[[str], None], progress: Pr
         warn(f"{bench.dropped} rows of {bench.source} lack a text or an answer and are left out")
     metrics = _metrics(plan, bench)
     name = plan.name or bench.source
+    selection, bench = bench.split(SELECTION, int(plan.options["seed"])) if plan.controls else (None, bench)
 
     def run(model: Model | None) -> Entry:
         head = plan.head_of(model) if model is not None else None
@@ -244,6 +259,7 @@ def _scores(plan: _Plan, bench: Bench, warn: Callable[[str], None], progress: Pr
         return Entry(called, "base" if model is None else model.kind, None if model is None else model.bytes, outcomes, detail)
 
     entries = [run(None), *(run(model) for model in plan.models)]
+    entries += _controls(plan, bench, selection, metrics, name, progress) if selection is not None else []
     own = [model.name for model in plan.models if not model.merged] or [model.name for model in plan.models]
     lender = next((model.name for model in plan.models if model.source is bench.lender), bench.head_from)
     return TaskScores(
@@ -257,4 +273,27 @@ def _scores(plan: _Plan, bench: Bench, warn: Callable[[str], None], progress: Pr
         metrics=metrics,
         entries=tuple(entries),
         reference=own[0] if own else None,
+        selection=len(selection) if selection is not None else 0,
     )
+
+
+def _controls(plan: _Plan, bench: Bench, selection: Bench, metrics: Sequence[Metric], name: str, progress: Progress) -> Iterator[Entry]:
+    """The controls of the tuned model, at the density of the first ternary expert; ComPEFT itself is among them where no expert is given."""
+    from sterna.scoring.controls import TITLES, TunedVector, controls
+
+    tuned = next(model.source for model in plan.models if model.kind == "tuned")
+    facts = [model.source.facts for model in plan.models if isinstance(model.source, Expert) and model.kind == "expert"]
+    density = next((found.density for found in facts if found.density is not None), DENSITY)
+
+    def rank(expert: Expert) -> float:
+        value = selection.outcome(selection.outputs(expert, progress=progress, step=f"{name}: choosing a scale"), metrics[0]).value
+        return value if metrics[0].higher_is_better else -value
+
+    vector = TunedVector.of(bench.base, tuned, progress)
+    with tempfile.TemporaryDirectory(prefix="sterna-") as folder:
+        wanted = [control for control in TITLES if control != "compeft" or not facts]
+        for control in controls(vector, folder, density=density, alpha=ALPHA, names=wanted, rank=rank):
+            found = bench.outputs(control.expert, progress=progress, step=f"{name}: {control.title}")
+            yield Entry(
+                control.title, "control", control.bytes, {metric.name: bench.outcome(found, metric) for metric in metrics}, dict(control.detail)
+            )

@@ -34,7 +34,8 @@ class Entry:
 class TaskScores:
     """All models on the rows of one task. `entries` begin with the base; `reference` names the model that others are held against beside the base.
 
-    `name` is empty where there is one task only; `head_from` says whose head the base has: "own", "new", or a model's name.
+    `name` is empty where there is one task only; `head_from` says whose head the base has: "own", "new", or a model's name. `selection` more rows
+    were kept apart, to choose the scale of a control on.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TaskScores:
     metrics: tuple[Metric, ...]
     entries: tuple[Entry, ...]
     reference: str | None
+    selection: int = 0
 
     def entry(self, name: str) -> Entry:
         """Raises InvalidArgument, with the names that there are."""
@@ -70,6 +72,7 @@ class TaskScores:
             "data": self.data,
             "task": self.task,
             "rows": self.rows,
+            "selection_rows": self.selection,
             "dropped": self.dropped,
             "classes": list(self.classes),
             "base_head": self.head_from,

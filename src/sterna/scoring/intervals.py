@@ -17,6 +17,8 @@ I64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+NOISE = 0.05
+"""The p-value from which on a difference is called noise."""
 DRAWS, FEWER_DRAWS = 10_000, 1_000
 """Resamples of the bootstrap: where sums of rows give the score, and where every resample is scored anew."""
 
@@ -53,8 +55,8 @@ class Difference:
 
     @property
     def noise(self) -> bool:
-        """Whether the interval holds 0: these rows cannot tell the two apart."""
-        return self.low <= 0 <= self.high
+        """Whether these rows cannot tell the two apart: the interval holds 0, or p is not below .05."""
+        return self.low <= 0 <= self.high or self.p >= NOISE
 
     def rows_for(self, half: float) -> int | None:
         """How many rows like these would settle it: those of a 95 % interval that reaches `half` to either side, (z * error / half)^2 * rows.

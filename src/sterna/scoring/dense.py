@@ -1,4 +1,4 @@
-"""The controls that stand beside ComPEFT: dense formulas on one flat task vector, independent of the product's code.
+"""What is kept of a task vector, as dense formulas on one flat vector, independent of the product's code.
 
 A task vector is a 1-D fp32 tensor of d entries. `support` follows section 1 of the method: the min(non-zeros, floor(k*d)) largest magnitudes,
 ties by lowest flat index, entries that are exactly zero never kept.
@@ -55,3 +55,9 @@ def compeft(tau: torch.Tensor, density: float, alpha: float) -> torch.Tensor:
     """alpha * std(tau) * sign(tau) on the support; the std is the unbiased one of the whole vector, in fp64, rounded to fp32."""
     scale = (alpha * tau.double().std()).float()
     return torch.where(support(tau, density), tau.sign() * scale, 0.0)
+
+
+def dare(tau: torch.Tensor, density: float, seed: int = 0) -> torch.Tensor:
+    """DARE (arXiv 2311.03099): each entry kept with probability `density` and divided by it, zero elsewhere."""
+    kept_at = torch.rand(tau.numel(), generator=torch.Generator().manual_seed(seed)) < density
+    return torch.where(kept_at, tau / density, 0.0)
