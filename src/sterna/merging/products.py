@@ -155,8 +155,8 @@ def truncated(change: Product, rank: int) -> tuple[LowRank, float, float]:
     with one_thread():
         left, upper = torch.linalg.qr(B)
         right, lower = torch.linalg.qr(A.T)
-        U, S, V = torch.linalg.svd(upper @ lower.T)
-        made = low_rank(change, left @ U[:, : S.numel()], S, right @ V[: S.numel()].T, rank)
+        U, S, V = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+        made = low_rank(change, left @ U[:, :rank], S[:rank], right @ V[:rank].T, rank)
     return made, float((S[rank:] ** 2).sum()), float((S**2).sum())
 
 
@@ -173,17 +173,18 @@ def low_rank(like: Product, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor, r
 def nearest(M: F32, like: Product, rank: int, about: Product | None) -> tuple[LowRank, float, float]:
     """A product of that rank near a dense float32 M [rows, columns], and what is lost, as `truncated` tells; M is read some rows at a time.
 
-    By subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4) that begins at the columns of `about`, a product that is near, and noise.
+    By subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4) that begins in the range of `about`, a product that is near.
     """
     m, n = M.shape
     width = min(rank + _MORE, m, n)
-    begin = np.random.RandomState(0).standard_normal((n, width))  # whose numbers stay what they are
-    if about is not None:
-        held = thin_matrices(truncated(about, width)[0])[1].T
-        begin[:, : held.shape[1]] = held
+    noise = np.random.RandomState(0).standard_normal((m + n, width))  # whose numbers stay what they are
     with one_thread():
-        whole = torch.from_numpy(M)
-        V = torch.linalg.qr(torch.from_numpy(begin).float()).Q
+        whole, begin = torch.from_numpy(M), torch.from_numpy(noise[m:])
+        if about is not None:
+            left, right = map(torch.from_numpy, thin_matrices(about))
+            many = min(width, right.shape[0])
+            begin[:, :many] = right.T @ (left.T @ torch.from_numpy(noise[:m, :many]))
+        V = torch.linalg.qr(begin.float()).Q
         for _ in range(_ROUNDS):
             U = torch.linalg.qr(whole @ V).Q
             V = torch.linalg.qr(whole.T @ U).Q

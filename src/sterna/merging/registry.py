@@ -150,5 +150,6 @@ def _options(function: Callable[..., F64]) -> dict[str, Option]:
     return found
 
 
+@cache
 def _attribute(name: str, function: Callable[..., F64]) -> str:
     return name if name in inspect.signature(function).parameters else f"{name}_"

@@ -171,7 +171,8 @@ def merged_values(values: Values, how: How, least: Sequence[int], seed: int) -> 
 
     def merge(step: Step) -> F64:
         rows = _rows(reads, step)
-        rows *= factors[:, None]
+        if how.by_norm:
+            rows *= factors[:, None]
         parts = [np.ascontiguousarray(rows[:, first : first + _COLUMNS]) for first in range(0, rows.shape[1], _COLUMNS)]
         made = [how.method(Kinds(part, values.weights, gram, how.semantics), how.options) for part in parts]
         return np.concatenate([np.empty(0), *made])

@@ -87,6 +87,27 @@ def sort_columns(values):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
+def disjoint_sums(values, tie, sums, counts):
+    """For each column of float64[n, k], sorted: the sum of its values of the sign that has the larger sum, and how many they are; 0 and 0 where the
+    sum of all is no more than the share `tie` of the sum of their magnitudes."""
+    n, k = values.shape
+    above, below = np.zeros(k), np.zeros(k)
+    positive, negative = np.zeros(k), np.zeros(k)
+    for i in range(n):
+        for j in range(k):
+            value = values[i, j]
+            above[j] += value if value > 0.0 else 0.0
+            below[j] += value if value < 0.0 else 0.0
+            positive[j] += 1.0 if value > 0.0 else 0.0
+            negative[j] += 1.0 if value < 0.0 else 0.0
+    for j in range(k):
+        whole = above[j] + below[j]
+        tied = abs(whole) <= tie * (above[j] - below[j])
+        sums[j] = 0.0 if tied else above[j] if whole > 0.0 else below[j]
+        counts[j] = 0.0 if tied else positive[j] if whole > 0.0 else negative[j]
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
 def count_kinds(kinds, counts):
     """counts[kind] += 1 for every position."""
     for i in range(kinds.size):

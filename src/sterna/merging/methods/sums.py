@@ -16,13 +16,17 @@ _FEW = 12
 
 def total(values: F64) -> F64:
     """Sums over axis 0 in the order of the values, so that the parents' order does not matter to the bit."""
-    if values.shape[0] > _FEW:
-        ordered: F64 = np.sort(values, axis=0)
-    else:
-        ordered = np.array(values, np.float64, order="C")
-        sort_columns(ordered)
-    summed: F64 = ordered.sum(0)
+    summed: F64 = in_order(values).sum(0)
     return summed
+
+
+def in_order(values: F64) -> F64:
+    """The values, each column sorted, in memory of their own."""
+    if values.shape[0] > _FEW:
+        return np.sort(values, axis=0)
+    ordered: F64 = np.array(values, np.float64, order="C")
+    sort_columns(ordered)
+    return ordered
 
 
 def sign(values: F64) -> F64:
