@@ -27,6 +27,7 @@ _WHERE = {
     "attach": "sterna.live.patch",
     "attached": "sterna.live.patch",
     "attached_to": "sterna.live.patch",
+    "compose": "sterna.composing.compose",
     "compress": "sterna.compression",
     "evaluate": "sterna.scoring.evaluate",
     "inspect": "sterna.summary",
@@ -42,6 +43,7 @@ _WHERE = {
 if TYPE_CHECKING:
     from sterna.applying import apply as apply
     from sterna.bitmasks import Bitmasks as Bitmasks
+    from sterna.composing.compose import compose as compose
     from sterna.compression import compress as compress
     from sterna.errors import SternaError as SternaError
     from sterna.expert.expert import Expert as Expert
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
     from sterna.verification import verify as verify
 
 __all__ = ["Bitmasks", "Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
-__all__ += ["apply", "attach", "attached", "attached_to", "compress", "evaluate", "inspect", "load"]
+__all__ += ["apply", "attach", "attached", "attached_to", "compose", "compress", "evaluate", "inspect", "load"]
 __all__ += ["merge", "recode", "search", "similarity", "tune", "verify"]
 
 

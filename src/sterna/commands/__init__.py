@@ -7,7 +7,7 @@ import sys
 import typer
 
 from sterna import __version__
-from sterna.commands import apply, compress, demo, evaluate, inspect, merge, pilot, recode, report, search, similarity, train, verify
+from sterna.commands import apply, compose, compress, demo, evaluate, inspect, merge, pilot, recode, report, search, similarity, train, verify
 from sterna.errors import SternaError
 from sterna.training.errors import Interrupted, InvalidConfig
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, compress, recode, inspect, verify, similarity, merge, apply, evaluate, search, report, pilot, demo):
+for module in (train, compress, recode, inspect, verify, similarity, merge, compose, apply, evaluate, search, report, pilot, demo):
     app.command()(getattr(module, module.__name__.rpartition(".")[2]))
 
 

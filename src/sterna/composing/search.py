@@ -67,7 +67,7 @@ def search(
     that there are. Raises InvalidArgument as `check_search` does, or where no trial has a finite score.
     """
     check_search(count, budget, bounds, l1)
-    optimize = needed("scipy.optimize", "sterna[compose]")
+    optimize = needed("scipy.optimize", "sterna[train]")
     order = np.random.default_rng(seed).permutation(count)
     low, high = bounds
     trials: list[Trial] = []

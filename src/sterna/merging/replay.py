@@ -9,6 +9,7 @@ from typing import Any
 
 from sterna.errors import InvalidArgument
 from sterna.expert.expert import Expert
+from sterna.expert.fitted import is_fitted, with_fitted_of
 from sterna.merging.merge import run
 from sterna.merging.recipe import parse
 from sterna.progress import Progress, silent
@@ -26,7 +27,8 @@ def replay(
 ) -> Expert:
     """Make a merged expert (or its file) again. Its parents are looked for by file name among `parents` (files and folders) and beside the file.
 
-    Each parent is held against its recorded content digest, and so is the result. Raises InvalidConfig where a parent is missing or another expert;
+    Each parent is held against its recorded content digest, and so is the result. A head that was fitted to examples follows from no recipe: it is
+    taken over. Raises InvalidConfig where a parent is missing or another expert;
     InvalidArgument for an expert that was not merged, or where the result is not the same; as `sterna.merge` otherwise.
     """
     from sterna.expert.file import load
@@ -47,6 +49,8 @@ def replay(
     faults.stop()
     assert recipe is not None
     made = run(recipe, warn, progress, base)
+    if is_fitted(expert):
+        made = with_fitted_of(made, expert)
     if made.content_digest != expert.content_digest:
         told = f"{made.content_digest[:12]}, not {expert.content_digest[:12]}"
         raise InvalidArgument(f"the recipe gave the content digest {told}: it was made by {expert.facts.writer}, or by a method that changed since")
@@ -68,7 +72,7 @@ def _found(record: Mapping[str, Any], places: Sequence[Path], missing: list[str]
                 missing.append(f"models[{number}]: {told['model']} is missing (content digest {digest}); looked in {looked}")
             told["model"] = at
         models.append(told)
-    return {**{key: value for key, value in record.items() if key != "loss"}, "models": models}
+    return {**{key: value for key, value in record.items() if key not in ("loss", "head")}, "models": models}
 
 
 def _candidates(name: str, places: Sequence[Path]) -> list[Path]:
