@@ -17,10 +17,11 @@ def pilot(
     as_json: Json = False,
 ) -> None:
     """Run a pilot in steps: one small task first, compression raised behind your gates, then all experts side by side, then the report."""
-    from sterna.needs import needed
+    from sterna.needs import needed, quiet
 
-    for package in ("pydantic", "yaml", "transformers", "peft", "sklearn", "scipy"):
-        needed(package, "sterna[train]")
+    with quiet():  # what they import in turn may have much to say
+        for package in ("pydantic", "yaml", "transformers", "peft", "sklearn", "scipy"):
+            needed(package, "sterna[train]")
     from sterna.pilot.run import pilot as run
     from sterna.reporting.verdict import verdict
     from sterna.training.config import read_yaml

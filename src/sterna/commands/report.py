@@ -33,10 +33,11 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Measure experts and write one self-contained HTML file: scores, storage, transfer, swaps, latency, memory, and the numbers behind them."""
-    from sterna.needs import needed
+    from sterna.needs import needed, quiet
 
-    for package in ("pydantic", "transformers", "peft", "sklearn", "scipy"):
-        needed(package, "sterna[train]")
+    with quiet():  # what they import in turn may have much to say
+        for package in ("pydantic", "transformers", "peft", "sklearn", "scipy"):
+            needed(package, "sterna[train]")
     from sterna.reporting.measure import measure
     from sterna.reporting.page import checked_language, write_page
     from sterna.reporting.subjects import subjects_of

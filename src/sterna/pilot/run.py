@@ -48,12 +48,18 @@ def pilot(
     Raises InvalidConfig with every fault of the plan; InvalidArgument or CannotWrite for the run folder; Interrupted on Ctrl-C; and what training,
     compressing and scoring raise.
     """
-    checked = read_plan(plan)
+    checked, said = read_plan(plan), set[str]()
+
+    def warn_once(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            warn(message)
+
     _check_trainings(checked, Path(run_dir))
     folder = PilotFolder(Path(run_dir).expanduser())
     begin(folder, _facts(checked), restart)
     try:
-        return _run(checked, folder, warn, progress)
+        return _run(checked, folder, warn_once, progress)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command goes on") from None
 

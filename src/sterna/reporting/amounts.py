@@ -38,7 +38,14 @@ def duration(seconds: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    return f"{digits(value)}\u00a0ms"
+    """Milliseconds; seconds from a thousand on."""
+    return duration(value / 1e3) if value >= 999.5 else f"{digits(value)}\u00a0ms"
+
+
+def milliseconds_between(value: float, low: float, high: float) -> str:
+    """A time in milliseconds, or seconds from a thousand on, and an interval in the same unit."""
+    unit, name = (1e3, "s") if value >= 999.5 else (1.0, "ms")
+    return f"{digits(value / unit)}\u00a0{name} {bracket(digits(low / unit), digits(high / unit))}"
 
 
 def speed(bits: float) -> str:
@@ -64,16 +71,22 @@ def signed(value: float, metric: Metric | None = None) -> str:
 
 def difference(estimate: Estimate, metric: Metric) -> str:
     """A difference and its 95 % interval."""
-    return f"{signed(estimate.value, metric)} [{signed(estimate.low, metric)}, {signed(estimate.high, metric)}]"
+    return f"{signed(estimate.value, metric)} {bracket(signed(estimate.low, metric), signed(estimate.high, metric))}"
 
 
 def interval(estimate: Estimate, metric: Metric) -> str:
     """A score and its 95 % interval."""
-    return f"{score(estimate.value, metric)} [{score(estimate.low, metric)}, {score(estimate.high, metric)}]"
+    return f"{score(estimate.value, metric)} {bracket(score(estimate.low, metric), score(estimate.high, metric))}"
 
 
-def ratio(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+def ratio(estimate: Estimate, after: int = 3) -> str:
+    """A ratio and its 95 % interval, with `after` digits after the point."""
+    return f"{estimate.value:.{after}f} {bracket(f'{estimate.low:.{after}f}', f'{estimate.high:.{after}f}')}"
+
+
+def bracket(low: str, high: str) -> str:
+    """An interval that no line break divides."""
+    return f"[{low},\u00a0{high}]"
 
 
 def times(value: float) -> str:

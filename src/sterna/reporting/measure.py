@@ -16,7 +16,7 @@ import torch
 
 from sterna.expert.expert import Expert
 from sterna.live.patch import attach, attached
-from sterna.needs import needed
+from sterna.needs import needed, quiet
 from sterna.progress import Progress, silent
 from sterna.recoding import recode
 from sterna.reporting.machine import machine
@@ -198,7 +198,8 @@ def ways_to_keep(summary: Summary, bench: Bench, tuned: Path | Expert | None) ->
 
 def lora_bytes(model: Any, rank: int) -> int:
     """Bytes of rank-`rank` factors in 16 bit for the modules that PEFT takes by default; of all linear layers, where it has no default."""
-    table: Mapping[str, Any] = needed("peft.utils", "sterna[train]").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    with quiet():  # what PEFT imports in turn may have much to say
+        table: Mapping[str, Any] = needed("peft.utils", "sterna[train]").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     targets = table.get(str(getattr(model.config, "model_type", "")))
     head = {name.rpartition(".")[0] for name in head_names(model)}
     total = 0

@@ -239,7 +239,7 @@ def _timed(named: Sequence[tuple[Text, Times, str]]) -> Group:
     rows = []
     for name, times, kind in named:
         low, high = times.quartiles
-        said = f"{amounts.milliseconds(times.median)} [{amounts.digits(low)}, {amounts.digits(high)}]"
+        said = amounts.milliseconds_between(times.median, low, high)
         drawn = charts.row([charts.Mark(kind, times.median, _says(name, said), low, high)], scale, samples=times.samples)
         rows.append(Row(name, drawn, said, kind=kind))
     return Group(tuple(rows), charts.axis(scale, lambda value: f"{value:g} ms"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sterna.errors import InvalidArgument
@@ -39,9 +38,8 @@ def subjects_of(
 def _subject(base: Any, task: str, rows: Rows, models: Sequence[Model], tuned: Sequence[Model], options: Mapping[str, Any]) -> Subject:
     experts = [_expert(model, task) for model in models]
     first, *others = models
-    named = task or (first.task if first.task != first.name else "") or Path(str(rows)).stem
     return Subject(
-        named,
+        task or first.task,
         opener(base, rows, [*(model.source for model in tuned), *experts], options),
         experts[0],
         first.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sterna.reporting.amounts import difference, digits, milliseconds, score, signed, size, times
+from sterna.reporting.amounts import bracket, difference, digits, milliseconds, ratio, score, signed, size, times
 from sterna.reporting.report import Candidate, Report, TaskReport, is_noise, mean
 from sterna.reporting.texts import Text, metric_title, same, t
 from sterna.scoring.intervals import Estimate
@@ -66,12 +66,12 @@ def figures(report: Report) -> list[Figure]:
         result.append(Figure(milliseconds((swap or report.steps.attach).median), t("key.swap" if swap else "key.attach")))
     if report.latency is not None:
         at = report.latency.ratio
-        result.append(Figure(f"{at.value:.2f}\u00d7", t("key.latency"), _ratio(at).partition(" ")[2]))
+        result.append(Figure(f"{at.value:.2f}\u00d7", t("key.latency"), ratio(at, 2).partition(" ")[2]))
     return result
 
 
 def _beside(estimate: Estimate, task: TaskReport) -> str:
-    return f"[{signed(estimate.low, task.metric)}, {signed(estimate.high, task.metric)}]"
+    return bracket(signed(estimate.low, task.metric), signed(estimate.high, task.metric))
 
 
 def _copy(task: TaskReport) -> int:
@@ -109,13 +109,9 @@ def _live(report: Report) -> Text:
         swap, attach = (milliseconds(times.median) if times else "" for times in (steps.swap, steps.attach))
         text = t("verdict.swap", swap=swap) if swap else t("verdict.attach", attach=attach)
         if report.latency is not None:
-            more = t("verdict.latency", ratio=_ratio(report.latency.ratio))
+            more = t("verdict.latency", ratio=ratio(report.latency.ratio, 2))
             text = Text(text.en + more.en, text.ja + more.ja)
     return text
-
-
-def _ratio(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
 def _listed(names: list[str]) -> Text:
