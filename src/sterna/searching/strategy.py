@@ -125,7 +125,7 @@ class Explorer:
         """The best trial of a density: as soon as one reaches `wanted`, or none can by what is known of peaks, or the peak is found."""
         first, gain = self.expected(family, density)
         best = self.trial(first)
-        if best.score >= wanted or best.score + gain < wanted:
+        if best.score >= wanted or (best.score + gain < wanted < math.inf):
             return best
         start = _place(first)
         found = {start: best.score}
