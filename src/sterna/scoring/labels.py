@@ -77,7 +77,8 @@ def columns_in_order(names: Sequence[str] | None, wanted: Sequence[str], outputs
     Raises InvalidArgument where the head has other classes.
     """
     if outputs != len(wanted):
-        raise InvalidArgument(f"{who} has {outputs} classes, the rows have {len(wanted)} ({listed(wanted)}): it was made for another task")
+        own = f" ({listed(names)})" if names is not None and len(names) == outputs else ""
+        raise InvalidArgument(f"{who} has {outputs} classes{own}, the rows have {len(wanted)} ({listed(wanted)}): it was made for another task")
     if names is None or len(names) != outputs or is_generic(names) or is_generic(wanted) or tuple(names) == tuple(wanted):
         return None
     if set(names) != set(wanted):
