@@ -38,6 +38,7 @@ _WHERE = {
     "similarity": "sterna.similarities",
     "tune": "sterna.tuning.tuning",
     "verify": "sterna.verification",
+    "with_head": "sterna.expert.heads",
 }
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from sterna.errors import SternaError as SternaError
     from sterna.expert.expert import Expert as Expert
     from sterna.expert.file import load as load
+    from sterna.expert.heads import with_head as with_head
     from sterna.fingerprint import Fingerprint as Fingerprint
     from sterna.live.patch import Patch as Patch
     from sterna.live.patch import attach as attach
@@ -68,7 +70,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bitmasks", "Expert", "Fingerprint", "HiWi", "PaFi", "Patch", "SternaError", "Trainer", "Tuning", "__version__"]
 __all__ += ["apply", "attach", "attached", "attached_to", "compose", "compress", "evaluate", "inspect", "load"]
-__all__ += ["merge", "recode", "search", "similarity", "tune", "verify"]
+__all__ += ["merge", "recode", "search", "similarity", "tune", "verify", "with_head"]
 
 
 def __getattr__(name: str) -> Any:
