@@ -79,7 +79,7 @@ class Sparse:
         places = np.flatnonzero(flat).astype(np.int64)
         stream = stream_of(places << 1 | (flat[places] < 0), (flat.size,), default_coding())
         values, unit = halves(torch.from_numpy(np.abs(flat[places])))
-        return {"positions": torch.frombuffer(bytearray(stream), dtype=torch.uint8), "values": values, "unit": unit}
+        return {"positions": torch.from_numpy(np.frombuffer(stream, np.uint8).copy()), "values": values, "unit": unit}
 
     def unpack(self, packed: Packed, layout: Layout) -> torch.Tensor:
         data = np.concatenate([packed["positions"].numpy(), np.zeros(PADDING, np.uint8)])
@@ -131,7 +131,7 @@ class Rounded:
     def pack(self, tau: torch.Tensor, layout: Layout) -> Packed:
         largest = 2 ** (self.bits - 1) - 1
         lengths = layout.rows()
-        peaks = torch.segment_reduce(tau.abs(), "max", lengths=lengths) if tau.numel() else torch.zeros(0)
+        peaks = torch.segment_reduce(tau.abs(), "max", lengths=lengths, initial=0.0) if tau.numel() else torch.zeros(lengths.numel())
         scales, unit = halves(peaks / largest)
         steps = torch.repeat_interleave(scales.float() * unit, lengths)
         levels = torch.where(steps > 0, tau / steps, 0).round().clamp(-largest, largest).to(torch.int8)
