@@ -89,6 +89,8 @@ def _show(output: Path, found: ComposedExamples) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)
     weights = Table("expert", "weight", box=None)
     order = sorted(zip(found.composed.weights, found.composed.parents, strict=True), key=lambda pair: -abs(pair[0]))
     for weight, name in order:

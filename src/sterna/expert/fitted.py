@@ -1,4 +1,4 @@
-"""A merged expert whose head is no parent's, but was fitted to examples: its record says so, and the head is taken over where the merge is replayed."""
+"""A merged expert whose head is no parent's, but was fitted to examples: its record says so, and a replay of the merge takes the head over."""
 
 from __future__ import annotations
 
