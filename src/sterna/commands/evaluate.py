@@ -58,10 +58,6 @@ def evaluate(
 ) -> None:
     """Score the base, the tuned model and experts on the same rows, with 95 % intervals and paired differences."""
     from sterna.needs import needed
-
-    for package in ("pydantic", "transformers", "sklearn", "scipy"):
-        needed(package, "sterna[train]")
-    from sterna.scoring.evaluate import evaluate as run
     from sterna.training.errors import Interrupted
     from sterna.writing import whole_file
 
@@ -72,6 +68,10 @@ def evaluate(
     if output is not None:
         refuse_unwritable(output)
     try:
+        for package in ("pydantic", "transformers", "sklearn", "scipy"):
+            needed(package, "sterna[train]")
+        from sterna.scoring.evaluate import evaluate as run
+
         with progress_bar() as progress:
             result = run(
                 base,
