@@ -40,7 +40,7 @@ from sterna.writing import whole_file
 RESULT = harness.RESULTS / "merge_scores.json"
 ROWS = {"validation": 80, "test": 300}
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
-COMPRESSED = {"full": (0.1, 4.0), "lora": (0.2, 2.0), "pafi": (0.3, 2.0)}
+COMPRESSED = {"full": (0.1, 4.0), "lora": (0.2, 4.0), "pafi": (0.3, 2.0)}
 """Density and alpha of the compressed parents."""
 LORA_RANK = 8 * len(library.TASKS)
 """Of merged LoRA experts: what stacking six of rank 8 gives."""
