@@ -22,7 +22,7 @@ from sterna.demo.options import DemoOptions, checked
 from sterna.demo.report import DemoResult, LiveResult, Row, TaskResult
 from sterna.demo.run import run_demo
 from sterna.demo.tables import read_rows
-from sterna.demo.timing import Latency, Steps
+from sterna.reporting.report import Latency, Steps, Times
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, SternaError
 from sterna.scoring import dense as controls
 from sterna.scoring import intervals
@@ -383,9 +383,13 @@ def test_the_result_shows_the_same_numbers_everywhere() -> None:
     )
     task = TaskResult("news", "full fine-tuning", 20, 4000, 1000, 1500, 22_713_216, (Row("base alone", estimate), row))
     live = LiveResult(
-        ("news", "tweets"), (estimate, estimate), Steps(90, 12.3, 14.5, 5.6), Latency(123.4, intervals.Estimate(1.001, 0.99, 1.01), 16, 64), True
+        ("news", "tweets"),
+        (estimate, estimate),
+        Steps(90, Times((12.3,)), Times((14.5,)), Times((5.6,))),
+        Latency(Times((123.4,)), Times((123.5,)), intervals.Estimate(1.001, 0.99, 1.01), 16, 64),
+        True,
     )
-    result = DemoResult((task,), live, ("a.safetensors",), {"training": 60.0}, {"cpu": "x", "threads": 2, "torch": "2", "transformers": "5"})
+    result = DemoResult((task,), live, ("a.safetensors",), {"training": 60.0}, {"cpu": "x", "threads": "2", "torch": "2", "transformers": "5"})
     console = Console(width=80, file=io.StringIO())
     result.print(console)  # no terminal: as wide as it needs to be
     wide, markdown = console.file.getvalue(), result.markdown()  # type: ignore[attr-defined]
@@ -457,6 +461,8 @@ def test_a_persons_own_model_and_data_run_from_end_to_end(pico: Path, tmp_path: 
     tuned = ["PaFi 0.005, exact values", "PaFi 0.005, ternary, head in 16 bit", "HiWi, exact values", "HiWi, ternary, head in 16 bit"]
     assert [row.method for row in result.tasks[0].rows][-4:] == tuned
     assert len(result.files) == 8
+    assert Path(result.page) == tmp_path / "experts" / "report.html"
+    assert f"{Path(result.page).read_text(encoding='utf-8')}".count('<section id="') == 10
     sizes = {Path(file).stat().st_size for file in result.files}
     assert {row.bytes for task in result.tasks for row in task.rows if row.method in ("ComPEFT", *tuned)} == sizes
     runs = sorted((tmp_path / "cache" / "demo" / "runs").iterdir())

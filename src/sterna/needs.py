@@ -27,7 +27,7 @@ def needed(name: str, install: str = "sterna[demo]") -> Any:
 
 def check_needs() -> None:
     """Raise for the first missing package of the demo before any work starts."""
-    for name in ("transformers", "accelerate", "peft", "sklearn", "scipy"):
+    for name in ("transformers", "accelerate", "peft", "sklearn", "scipy", "pydantic", "yaml"):
         needed(name)
 
 

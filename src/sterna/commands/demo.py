@@ -39,4 +39,5 @@ def demo(
     else:
         from rich.console import Console
 
-        Console().print(result.table())
+        result.print(Console())
+        print(f"The report: {result.page}")

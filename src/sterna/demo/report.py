@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sterna.demo.timing import Latency, Steps
+from sterna.reporting.report import Latency, Memory, Steps, ThreadRun
 from sterna.scoring.intervals import Estimate
 
 COLUMNS = ("", "density", "scale", "bytes on disk", "to 16 bit", "bits/param", "entropy", "accuracy, %", "to uncompressed")
@@ -91,17 +91,20 @@ class LiveResult:
     steps: Steps
     latency: Latency
     restored: bool
+    memory: Memory | None = None
+    threads: tuple[ThreadRun, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Everything that one run found. `files` are the experts that it wrote, `seconds` what each stage took."""
+    """Everything that one run found. `files` are the experts that it wrote, `seconds` what each stage took, `page` is the report's HTML file."""
 
     tasks: tuple[TaskResult, ...]
     live: LiveResult
     files: tuple[str, ...]
     seconds: dict[str, float]
-    machine: dict[str, str | int]
+    machine: dict[str, str]
+    page: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -145,10 +148,10 @@ class DemoResult:
         return [
             f"On one live model: {first} {live.accuracies[0].value:.1%}, then swapped to {second} {live.accuracies[1].value:.1%}, then detached; "
             f"every tensor of the base as it was, to the bit: {'yes' if live.restored else 'NO'}.",
-            f"Attach {steps.attach:.1f} ms (the first time {steps.first_attach:.0f} ms, the base's fingerprint included), "
-            f"swap {steps.swap:.1f} ms, detach {steps.detach:.1f} ms.",
+            f"Attach {steps.attach.median:.1f} ms (the first time {steps.first_attach:.0f} ms, the base's fingerprint included), "
+            f"swap {(steps.swap or steps.attach).median:.1f} ms, detach {steps.detach.median:.1f} ms.",
             f"Inference with an expert on against the bare base, {speed.batch} x {speed.length} tokens: {speed.ratio.value:.3f} times "
-            f"({speed.ratio.low:.3f} to {speed.ratio.high:.3f}) of {speed.base:.1f} ms.",
+            f"({speed.ratio.low:.3f} to {speed.ratio.high:.3f}) of {speed.base.median:.1f} ms.",
             *(task.line for task in self.tasks),
             "Scale: a factor on the task vector (x), or alpha, what each kept entry is worth in standard deviations of the task vector (std); "
             "chosen on the validation texts only. Intervals are 95 %: Wilson's for an accuracy, bootstrap over the same test texts for a "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,11 +21,10 @@ from sterna.demo.report import DemoResult, LiveResult, TaskResult
 from sterna.demo.study import Findings, Study, findings
 from sterna.demo.subjects import full_subject, lora_subject
 from sterna.demo.tables import read_rows
-from sterna.demo.timing import latency, live_steps
 from sterna.demo.training import Recipe, load_lora, run_folder, train
 from sterna.demo.tunings import with_tunings
 from sterna.errors import CannotWrite
-from sterna.needs import check_needs, needed
+from sterna.needs import check_needs
 from sterna.progress import Progress, silent
 from sterna.training.models import length_limit, load_tokenizer, model_folder
 
@@ -40,6 +37,10 @@ def run_demo(options: DemoOptions | None = None, progress: Progress = silent) ->
     Raises:
         SternaError: see `checked`, `read_rows`, `split_rows`, `model_folder`, `train`, and the product's own errors.
     """
+    from sterna.demo.page import report_of_demo
+    from sterna.reporting.machine import machine
+    from sterna.reporting.page import write_page
+
     options = checked(options or DemoOptions())
     check_needs()
     cache = options.cache or cache_folder()
@@ -62,13 +63,16 @@ def run_demo(options: DemoOptions | None = None, progress: Progress = silent) ->
         found[0] = with_tunings(studies[0], live, found[0], tuned, folder, progress)
     with clock("live"):
         on_one_model = _live(load_classifier(base, None, tokenizer), studies, found, options, progress)
-    return DemoResult(
+    result = DemoResult(
         tasks=tuple(_task_result(*parts) for parts in zip(tasks, recipes_of(options), studies, found, strict=True)),
         live=on_one_model,
         files=tuple(str(path) for part in found for path in part.files),
         seconds=clock.seconds,
         machine=machine(),
     )
+    page = folder / "report.html"
+    write_page(report_of_demo(result, studies, found), page)
+    return replace(result, page=str(page))
 
 
 def tasks_of(options: DemoOptions, cache: Path) -> tuple[Task, Task]:
@@ -132,6 +136,9 @@ def _trained(task: Task, recipe: Recipe, base: Path, tokenizer: Any, tokens: Tok
 
 def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], options: DemoOptions, progress: Progress) -> LiveResult:
     """Both experts on one freshly loaded model: times; attach, evaluate, swap, evaluate, detach; at the end every tensor against the base."""
+    from sterna.reporting.sizes import memory_of
+    from sterna.reporting.timing import THREADS, latency, live_steps, same_bits, with_threads
+
     before = {name: value.clone() for name, value in live.state_dict().items()}
     first, second = (sterna.load(part.expert) for part in found)
     steps = live_steps(live, first, second, options.repeats, counter(progress, "timing attach, swap, detach", options.repeats + 1, "rounds"))
@@ -144,9 +151,9 @@ def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], op
         with patch.reading():
             scores.append(evaluate(live, study.test, counter(progress, f"live: {study.name}", len(study.test), "texts")))
     patch.detach()
-    after = live.state_dict()
-    restored = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    return LiveResult((studies[0].name, studies[1].name), (scores[0].accuracy, scores[1].accuracy), steps, speed, restored)
+    memory, threads = memory_of(live, (first, second)), with_threads(live, first, THREADS, options.repeats)
+    restored = same_bits(live.state_dict(), before)
+    return LiveResult((studies[0].name, studies[1].name), (scores[0].accuracy, scores[1].accuracy), steps, speed, restored, memory, threads)
 
 
 def _task_result(task: Task, recipe: Recipe, study: Study, found: Findings) -> TaskResult:
@@ -160,21 +167,3 @@ def _task_result(task: Task, recipe: Recipe, study: Study, found: Findings) -> T
         parameters=study.subject.tau.numel(),
         rows=found.rows,
     )
-
-
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": str(needed("transformers").__version__),
-        "peft": str(needed("peft").__version__),
-        "sterna": sterna.__version__,
-    }

@@ -15,8 +15,9 @@ from sterna.expert.file import load
 from sterna.pilot.folder import once
 from sterna.pilot.plan import Gates, PilotPlan, TaskPlan
 from sterna.progress import Progress
-from sterna.reporting.measure import longest_batch, memory_of, metric_of
+from sterna.reporting.measure import longest_batch, metric_of
 from sterna.reporting.report import Candidate, Gate, Metric, Step
+from sterna.reporting.sizes import memory_of
 from sterna.reporting.timing import latency, live_steps
 from sterna.scoring.bench import Bench
 from sterna.scoring.intervals import Estimate

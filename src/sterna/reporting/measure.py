@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import datetime
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ import torch
 
 from sterna.expert.expert import Expert
 from sterna.live.patch import attach, attached
-from sterna.needs import needed, quiet
 from sterna.progress import Progress, silent
-from sterna.recoding import recode
 from sterna.reporting.machine import machine
 from sterna.reporting.report import (
     Candidate,
@@ -36,15 +33,14 @@ from sterna.reporting.report import (
     TaskReport,
     ThreadRun,
 )
-from sterna.reporting.timing import Count, latency, live_steps, same_bits, swaps_among, with_threads
+from sterna.reporting.sizes import bytes_of, layers_of, memory_of, ways_to_keep
+from sterna.reporting.timing import THREADS, Count, latency, live_steps, same_bits, swaps_among, with_threads
 from sterna.scoring.bench import Bench
 from sterna.scoring.intervals import Difference, Estimate
 from sterna.scoring.outcome import Outcome
-from sterna.sources.adapter import is_adapter
 from sterna.sources.checkpoint import open_checkpoint
-from sterna.summary import Summary, inspect
+from sterna.summary import inspect
 from sterna.training.evaluation import Outputs
-from sterna.training.methods import head_names
 from sterna.training.models import DTYPES, load_model
 from sterna.training.tokens import batches
 
@@ -53,8 +49,6 @@ REPEATS = 15
 LATENCY_ROWS = 16
 DTYPE_ROWS = 300
 """Rows at most that the expert answers in each precision."""
-THREADS = (1, 2)
-LORA_RANK = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +134,7 @@ def task_part(subject: Subject, bench: Bench, progress: Progress = silent) -> Ta
     tuned = run(subject.tuned, "tuned model") if subject.tuned is not None else None
     candidates = [candidate("base", "", None, base, None, None)]
     if tuned is not None:
-        candidates.append(candidate("tuned", "", _bytes(subject.tuned), tuned, None, base))
+        candidates.append(candidate("tuned", "", bytes_of(subject.tuned), tuned, None, base))
     named = [] if subject.expert is None else [(subject.label, subject.expert), *subject.others]
     for name, expert in named:
         outcome = run(expert, name or "expert")
@@ -152,7 +146,7 @@ def task_part(subject: Subject, bench: Bench, progress: Progress = silent) -> Ta
     layers: tuple[Layer, ...] = ()
     if subject.expert is not None:
         summary = inspect(subject.expert)
-        kept, layers = ways_to_keep(summary, bench, subject.tuned), layers_of(summary)
+        kept, layers = ways_to_keep(summary, bench.model, bench.base, subject.tuned), layers_of(summary)
     task = TaskReport(subject.name, metric_of(base), base.rows, tuple(candidates), kept, layers)
     return TaskPart(task, _dtypes(subject, bench, progress))
 
@@ -172,56 +166,6 @@ def candidate(kind: Kind, label: str, size: int | None, outcome: Outcome, tuned:
 
 def _estimate(difference: Difference | None) -> Estimate | None:
     return None if difference is None else Estimate(difference.value, difference.low, difference.high)
-
-
-def _bytes(tuned: Path | Expert | None) -> int | None:
-    """Bytes of the weights of a tuned model, a PEFT folder, or an exact expert."""
-    if isinstance(tuned, Expert):
-        return inspect(tuned).bytes
-    return None if tuned is None else sum(file.stat().st_size for file in tuned.glob("*.safetensors"))
-
-
-def ways_to_keep(summary: Summary, bench: Bench, tuned: Path | Expert | None) -> tuple[Kept, ...]:
-    """Bytes of the expert, of LoRA factors, of a 16-bit delta of every parameter, and of a full copy."""
-    head = summary.bytes_head
-    parameters = summary.facts.base.parameters
-    ways = [Kept("expert", summary.bytes, True)]
-    if isinstance(tuned, Path) and is_adapter(tuned):
-        ways.append(Kept("lora", _bytes(tuned) or 0, True))
-    else:
-        ways.append(Kept("lora", lora_bytes(bench.model, LORA_RANK) + head, False))
-    ways.append(Kept("delta", 2 * parameters + head, False))
-    full = tuned if isinstance(tuned, Path) and not is_adapter(tuned) else bench.base
-    ways.append(Kept("copy", _bytes(full) or 0, True))
-    return tuple(ways)
-
-
-def lora_bytes(model: Any, rank: int) -> int:
-    """Bytes of rank-`rank` factors in 16 bit for the modules that PEFT takes by default; of all linear layers, where it has no default."""
-    with quiet():  # what PEFT imports in turn may have much to say
-        table: Mapping[str, Any] = needed("peft.utils", "sterna[train]").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    targets = table.get(str(getattr(model.config, "model_type", "")))
-    head = {name.rpartition(".")[0] for name in head_names(model)}
-    total = 0
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or name in head:
-            continue
-        if name.rpartition(".")[2] in targets if targets else isinstance(module, torch.nn.Linear):
-            total += 2 * rank * sum(weight.shape)
-    return total
-
-
-def layers_of(summary: Summary) -> tuple[Layer, ...]:
-    """The coded entries by layer: the first number in a tensor's name; what has none comes first, without a name."""
-    found: dict[str, list[int]] = {}
-    for tensor in summary.tensors:
-        if tensor.entries:
-            number = re.search(r"\.(\d+)\.", f".{tensor.name}.")
-            sums = found.setdefault(number[1] if number else "", [0, 0, 0])
-            for place, value in enumerate((tensor.entries, tensor.nonzeros, tensor.bytes)):
-                sums[place] += value
-    return tuple(Layer(name, *found[name]) for name in sorted(found, key=lambda name: int(name or -1)))
 
 
 def _dtypes(subject: Subject, bench: Bench, progress: Progress) -> tuple[DtypeRun, ...]:
@@ -272,17 +216,6 @@ def longest_batch(bench: Bench) -> dict[str, torch.Tensor]:
     batch = next(iter(batches(bench.evaluation.tokenizer, rows, bench.task, len(rows))))
     kept = ("input_ids", "attention_mask", "token_type_ids", *(("labels",) if bench.task == "seq2seq" else ()))
     return {name: value for name, value in batch.inputs.items() if name in kept and isinstance(value, torch.Tensor)}
-
-
-def memory_of(model: torch.nn.Module, experts: Sequence[Expert]) -> Memory:
-    base = sum(value.numel() * value.element_size() for value in {id(v): v for v in model.state_dict(keep_vars=True).values()}.values())
-    sizes, undo = [], []
-    for expert in experts:
-        sizes.append(inspect(recode(expert, "fast") if any(t.coding.name == "small" for t in expert.ternaries) else expert).bytes)
-        patch = attach(model, expert)
-        undo.append(patch.undo_bytes)
-        patch.detach()
-    return Memory(base, round(sum(sizes) / len(sizes)), max(undo))
 
 
 def _side_by_side(model: torch.nn.Module, having: Sequence[tuple[Subject, Bench, Expert]], progress: Progress) -> SideBySide:

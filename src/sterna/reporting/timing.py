@@ -13,6 +13,7 @@ from sterna.live.patch import attach, attached
 from sterna.reporting.report import Latency, Steps, ThreadRun, Times
 from sterna.scoring.intervals import paired_ratio
 
+THREADS = (1, 2)
 Count = Callable[[int], None]
 """Hears of every round that is done."""
 
