@@ -45,7 +45,7 @@ NAMES = (
 )
 LONG = ("causal_lm_training",)
 """Run where they are named."""
-APART = ("accuracy", "pafi_ternary", "merge_scores")
+APART = ("accuracy", "pafi_ternary", "merge_scores", "frontier", "allocation")
 """Run by their own commands, with results of their own kind and a `tables()` that tells them as Markdown."""
 PASSED_ON = ("--base", "--tuned", "--causal-lm")
 ALONE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
