@@ -90,6 +90,27 @@ def stream_levels(stream: bytes, entries: int, coding: int = 2) -> np.ndarray:
     return levels
 
 
+def numbers_of(data: BytesIO, count: int, many: int) -> list[int]:
+    """The numbers of a palette's non-zeros."""
+    if not count or many == 1:
+        assert not data.read(), "numbers where there is nothing to tell"
+        return [0] * count
+    frequencies, numbers = [varint(data) for _ in range(many)], []
+    starts, slots = [sum(frequencies[:j]) for j in range(many)], [j for j in range(many) for _ in range(frequencies[j])]
+    assert len(slots) == 1 << 16, "the frequencies"
+    for first in range(0, count, 1 << 16):
+        block = BytesIO(data.read(varint(data)))
+        x = int.from_bytes(block.read(4), "big")
+        for _ in range(min(count - first, 1 << 16)):
+            numbers.append(slots[x % 65536])
+            x = frequencies[numbers[-1]] * (x >> 16) + x % 65536 - starts[numbers[-1]]
+            while x < 1 << 23:
+                x = x << 8 | block.read(1)[0]
+        assert (x, block.read()) == (1 << 23, b""), "the end of a block of numbers"
+    assert not data.read(), "numbers are longer than their blocks"
+    return numbers
+
+
 def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[tuple[Any, ...]]]]:
     """Facts, short digests, and changes by name: a kind, then its fields; a ternary tensor is (int8 levels, scale), bfloat16 its bits."""
     origin = 8 + struct.unpack("<Q", file[:8])[0]
@@ -117,6 +138,7 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
         return np.frombuffer(raw[name], DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
 
     before: dict[str, Any] = {}
+    palettes: list[Any] = []
 
     def key_of(name: str, known: bool) -> str:
         module = name.rpartition(".")[0]
@@ -156,11 +178,18 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
             assert coding == 1, "the lossless coding"
             return "lossless", dtype, list(shape), streams.read(length), table.read(16)
         if kind == 7:
-            levels, magnitudes = ternary(1.0)[0], exact(f"{name}.magnitudes")
-            width, values = (len(magnitudes) - 1).bit_length(), levels.astype(np.float32)
-            bits = np.unpackbits(exact(f"{name}.indices"), bitorder="little")[: np.count_nonzero(levels) * width].reshape(-1, width)
-            values[levels != 0] *= magnitudes[bits.astype(np.int64) @ (1 << np.arange(width))]
-            return "palette", (levels, 1.0), values
+            levels, number = ternary(1.0)[0], varint(table)
+            if number == len(palettes):
+                many, tasks = varint(table), varint(table)
+                floats = np.frombuffer(table.read(4 * (many + tasks)), "<f4")
+                masks = [int.from_bytes(table.read((tasks + 7) // 8), "little") for _ in range(many)]
+                palettes.append((floats[:many], floats[many:], np.array(masks, np.int64)))
+            magnitudes, scales, masks = palettes[number]
+            numbers = numbers_of(BytesIO(streams.read(varint(table))), np.count_nonzero(levels), len(magnitudes))
+            values, members = levels.astype(np.float32), np.zeros(levels.shape, np.int64)
+            values[levels != 0] *= magnitudes[numbers]
+            members[levels != 0] = masks[numbers]
+            return "palette", (levels, 1.0), values, members, scales
         if kind == 8:
             flags = varint(table)
             return "lowrank", key_of(name, bool(flags & 4)), bool(flags & 1), bool(flags & 2), exact(f"{name}.A"), exact(f"{name}.B")

@@ -67,7 +67,11 @@ def plainly(change: Change) -> tuple[Any, ...]:
             dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[change.dtype]
             return "lossless", dtype, list(change.shape), change.stream.tobytes(), change.digest
         case Palette():
-            return "palette", *coded, change.dense().numpy()
+            members = np.zeros(change.levels.shape, np.int64)
+            held = change.levels.levels() != 0
+            members[held] = change.members.numpy()[change.numbers(0, change.levels.count)] if change.members is not None else 0
+            scales = change.scales.numpy() if change.scales is not None else np.empty(0, np.float32)
+            return "palette", *coded, change.dense().numpy(), members, scales
     assert isinstance(change, Set)
     scales = bytes(exact_bytes(change.scales)) if change.scales is not None else None
     return "set", change.role, change.first_row, change.task, scales, bytes(exact_bytes(change.value))
@@ -652,13 +656,19 @@ def specified_content_digest(raw: bytes) -> str:
                 out += struct.pack("<fQ", scale, positions.size)
                 out += (2 * positions.astype("<i8") + (levels.reshape(-1)[positions] < 0)).astype("<i8").tobytes()
             if change[0] == "palette":
-                out += np.abs(change[2][change[2] != 0]).astype("<f4").tobytes()
+                held = change[2] != 0
+                out += np.abs(change[2][held]).astype("<f4").tobytes()
+                if change[4].size:
+                    out += change[3][held].astype("<i8").tobytes()
+                    string("float32")
+                    shape(change[4])
+                    out += change[4].tobytes()
     return hashlib.sha256(out).hexdigest()
 
 
 def test_the_content_digest_is_the_specified_one() -> None:
-    merged, adapters = (from_bytes(SPECIMENS[name]().file()) for name in ("merged", "adapters"))
-    for expert in (of_every_kind(), trained(), trained(ternary=True), sterna.compress(*pair(torch.float16), scope="tensor"), merged, adapters):
+    crafted = [from_bytes(SPECIMENS[name]().file()) for name in ("merged", "adapters", "recovering")]
+    for expert in (of_every_kind(), trained(), trained(ternary=True), sterna.compress(*pair(torch.float16), scope="tensor"), *crafted):
         assert expert.content_digest == specified_content_digest(bytes_of(expert))
 
 

@@ -104,7 +104,7 @@ def test_the_corpus_is_what_its_generator_writes() -> None:
     there = {path.stem: path.read_bytes() for path in generate.CORPUS.glob("*.safetensors")}
     assert {name: phrase for name, (phrase, _) in made.items()} == PHRASES
     assert {name: file for name, (_, file) in made.items()} == there
-    assert sum(path.stat().st_size for path in generate.CORPUS.iterdir()) < 360_000
+    assert sum(path.stat().st_size for path in generate.CORPUS.iterdir()) < 400_000
 
 
 @pytest.mark.parametrize("name", sorted(SPECIMENS))

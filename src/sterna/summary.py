@@ -91,7 +91,7 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
     table = len(write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor"))
     tensors = tuple(_tensor(change) for change in expert.changes)
     coded = sum(stream.size for change in expert.changes for stream in streams(change))
-    merged = sum(_bytes(change) for change in expert.changes if isinstance(change, Palette | Factors | LowRank))
+    merged = sum(_bytes(change) for change in expert.changes if isinstance(change, Factors | LowRank))
     coded += merged
     exact = sum(_bytes(change) for change in expert.changes) - merged
     entries = expert.facts.parameters if expert.lossless is not None else sum(t.entries for t in tensors)
@@ -152,8 +152,8 @@ def _tensor(change: Change) -> TensorSummary:
             kind = f"lossless ({str(change.dtype).removeprefix('torch.')})"
             return TensorSummary(change.name, kind, change.shape, math.prod(change.shape), change.count, change.stream.size)
         case Palette(levels=levels):
-            kind = f"palette ({change.magnitudes.numel()})"
-            return TensorSummary(change.name, kind, levels.shape, levels.size, levels.count, levels.stop - levels.start + _bytes(change))
+            kind = f"palette ({change.magnitudes.numel()}" + (f", masks of {change.tasks} tasks)" if change.tasks else ")")
+            return TensorSummary(change.name, kind, levels.shape, levels.size, levels.count, levels.stop - levels.start + change.coded.size)
         case LowRank(A=A, B=B):
             sides = (B.shape[0], math.prod(A.shape[1:]))
             return TensorSummary(change.name, f"lowrank ({A.shape[0]})", sides, A.numel() + B.numel(), A.numel() + B.numel(), _bytes(change))

@@ -136,7 +136,7 @@ class Row:
     number: int
     own: str | bytes = ""
     fields: bytes = b""
-    levels: Sequence[Levels | Bits] = ()
+    levels: Sequence[Levels | Bits | Numbers] = ()
 
     def bytes(self, scaled: bool) -> bytes:
         name = varint(self.number) + (b"" if self.number else text(self.own))
@@ -378,31 +378,70 @@ def merge_facts(**changes: Any) -> dict[str, Any]:
     return facts(**(given | changes))
 
 
-def palette_exact(magnitudes: Sequence[float], indices: bytes) -> list[Tensor]:
-    return [
-        ("w.magnitudes", "F32", [len(magnitudes)], struct.pack(f"<{len(magnitudes)}f", *magnitudes)),
-        ("w.indices", "U8", [len(indices)], indices),
-    ]
+def palette_of(magnitudes: Sequence[float], scales: Sequence[float] = (), masks: Sequence[int] = ()) -> bytes:
+    """A palette as the first row that uses it tells of it."""
+    floats = struct.pack(f"<{len(magnitudes) + len(scales)}f", *magnitudes, *scales)
+    return varint(len(magnitudes), len(scales)) + floats + b"".join(mask.to_bytes((len(scales) + 7) // 8, "little") for mask in masks)
+
+
+def numbers_of(numbers: Sequence[int], frequencies: Sequence[int]) -> bytes:
+    """The numbers of a palette's non-zeros, at most 65,536 of them, under these frequencies."""
+    x, out = 1 << 23, bytearray()
+    for number in reversed(numbers):
+        while x >= frequencies[number] << 15:
+            out.append(x & 255)
+            x >>= 8
+        x = (x // frequencies[number] << 16) + x % frequencies[number] + sum(frequencies[:number])
+    block = x.to_bytes(4, "big") + bytes(reversed(out))
+    return varint(*frequencies, len(block)) + block
+
+
+@dataclass
+class Numbers:
+    """What a palette's row tells behind its levels: the palette's number, the palette where it is new, the length of the numbers."""
+
+    stream: bytes
+    number: int = 0
+    palette: bytes = b""
+    length: int | None = None
+
+    def row(self, scaled: bool) -> bytes:
+        return varint(self.number) + self.palette + varint(len(self.stream) if self.length is None else self.length)
+
+
+NINE = (0, 1, 2, 3, 4, 4, 0, 3, 1)
+"""The numbers of the nine non-zeros of `merged`."""
 
 
 def merged() -> Draft:
-    """A palette of five magnitudes over nine non-zeros (27 bits in four bytes), an added tensor, and heads of two tasks, one of them in 8 bit."""
-    levels = {2 * i: 1 if i % 2 else -1 for i in range(9)}
-    numbers = packed([number >> bit & 1 for number in (0, 1, 2, 3, 4, 4, 0, 3, 1) for bit in range(3)])
+    """A palette of five magnitudes over nine non-zeros, twice, an added tensor, and heads of two tasks, one of them in 8 bit."""
+    levels = Levels(1, stream(20, {2 * i: 1 if i % 2 else -1 for i in range(9)}), scale=b"")
+    numbers, again = (numbers_of(NINE, frequencies) for frequencies in ((20000, 10000, 5536, 20000, 10000), (1, 1, 1, 1, 65532)))
     rows = [
         Row(ADD, 1, levels=[Levels(0, stream(12, {3: 1}))]),
         Row(SET, 0, "score.weight", varint(0, 2) + text("a")),
         Row(SET, 0, "score.weight", varint(0, 3) + text("b")),
-        Row(PALETTE, 2, levels=[Levels(1, stream(20, levels), scale=b"")]),
+        Row(PALETTE, 2, levels=[levels, Numbers(numbers, 0, palette_of([0.25, 0.5, 0.75, 1.0, 1.5]))]),
+        Row(PALETTE, 3, levels=[levels, Numbers(again, 0)]),
     ]
     exact: list[Tensor] = [
         ("b:score.weight.scales", "F32", [2], struct.pack("<2f", 0.5, 0.0)),
-        palette_exact([0.25, 0.5, 0.75, 1.0, 1.5], b"")[0],
         ("a:score.weight", "BF16", [4], bytes(8)),
         ("b:score.weight", "I8", [2, 3], bytes(range(6))),
-        palette_exact([], numbers)[1],
     ]
-    return Draft(merge_facts(), ["a.bias", "w"], [(12,), (4, 5)], rows, exact)
+    return Draft(merge_facts(), ["a.bias", "w", "x"], [(12,), (4, 5)], rows, exact)
+
+
+def recovering() -> Draft:
+    """Palettes with masks of two tasks: of three magnitudes, two of them equal; of one magnitude; and of no non-zero."""
+    levels = Levels(0, stream(20, {2 * i: 1 for i in range(4)}), scale=b"")
+    three, one = palette_of([0.25, 0.5, 0.5], [1.5, 0.0], [1, 2, 3]), palette_of([0.5], [1.5, 0.0], [2])
+    rows = [
+        Row(PALETTE, 1, levels=[levels, Numbers(numbers_of([0, 1, 2, 0], [40000, 20000, 5536]), 0, three)]),
+        Row(PALETTE, 2, levels=[levels, Numbers(b"", 1, one)]),
+        Row(PALETTE, 3, levels=[Levels(0, stream(20, {}), scale=b""), Numbers(b"", 0)]),
+    ]
+    return Draft(merge_facts(), ["a", "b", "c"], [(4, 5)], rows)
 
 
 def adapters() -> Draft:
@@ -450,4 +489,5 @@ SPECIMENS: dict[str, Callable[[], Draft]] = {
     "lossless": lossless,
     "merged": merged,
     "adapters": adapters,
+    "recovering": recovering,
 }

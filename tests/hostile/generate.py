@@ -36,6 +36,7 @@ from hostile.craft import (
     Bits,
     Draft,
     Levels,
+    Numbers,
     Row,
     adapters,
     block,
@@ -53,11 +54,13 @@ from hostile.craft import (
     merge_facts,
     merged,
     name_table,
+    numbers_of,
     packed,
-    palette_exact,
+    palette_of,
     plain,
     planes,
     planes1,
+    recovering,
     scaled,
     shape_table,
     stream,
@@ -669,30 +672,58 @@ def small_streams() -> Iterator[Case]:
 def merging() -> Iterator[Case]:
     draft = merged()
     levels = Levels(0, stream(20, {2 * i: 1 for i in range(9)}), scale=b"")
+    thirds = [20000, 20000, 25536]
+    sound, numbers = palette_of([0.25, 0.5, 0.75]), numbers_of([0, 1, 2] * 3, thirds)
 
-    def palette(name: str, phrase: str, magnitudes: Sequence[float], indices: bytes, **pieces: Any) -> Case:
-        given = {"rows": [Row(PALETTE, 2, levels=[levels])], "shapes": [(20,)], "exact": palette_exact(magnitudes, indices)}
+    def palette(name: str, phrase: str, entries: bytes = sound, raw: bytes = numbers, number: int = 0, **pieces: Any) -> Case:
+        given = {"rows": [Row(PALETTE, 2, levels=[levels, Numbers(raw, number, entries)])], "shapes": [(20,)], "exact": []}
         return f"palette_{name}", phrase, draft.but(**(given | pieces)).file()
 
-    wrong, ascend, count = "has magnitudes torch.", "not finite, above 0 and ascending", "expected 3 bytes for 9 non-zeros"
-    sound, full = [0.25, 0.5, 0.75], bytes([0, 0, 0])
-    yield palette("of_one", wrong, [0.5], b"")
-    yield palette("of_none", wrong, [], b"")
-    yield palette("zero", ascend, [0.0, 0.5, 0.75], full)
-    yield palette("negative", ascend, [-0.25, 0.5, 0.75], full)
-    yield palette("nan", ascend, [0.25, float("nan"), 0.75], full)
-    yield palette("infinity", ascend, [0.25, 0.5, float("inf")], full)
-    yield palette("twice", ascend, [0.25, 0.5, 0.5], full)
-    yield palette("indices_short", count, sound, full[:2])
-    yield palette("indices_long", count, sound, bytes(4))
-    yield palette("index_bits_left_over", "bits set beyond the last", sound, bytes([0, 0, 4]))
-    yield palette("index_beyond", "beyond its 3 magnitudes", sound, bytes([0, 3, 0]))
-    yield palette("magnitudes_missing", "exact tensor 'w.magnitudes' that the file lacks", sound, full, exact=palette_exact(sound, full)[1:])
-    yield palette("indices_missing", "exact tensor 'w.indices' that the file lacks", sound, full, exact=palette_exact(sound, full)[:1])
-    half = [("w.magnitudes", "F16", [3], struct.pack("<3e", *sound)), palette_exact(sound, full)[1]]
-    yield palette("in_16_bit", wrong, sound, full, exact=half)
-    words = [palette_exact(sound, full)[0], ("w.indices", "I8", [3], full)]
-    yield palette("indices_signed", "has indices torch.int8", sound, full, exact=words)
+    wrong, ascend, damaged = "has magnitudes torch.", "not finite, above 0 and ascending", "are not well-formed"
+    yield palette("of_one", wrong, palette_of([0.5]), b"")
+    yield palette("of_none", wrong, palette_of([]), b"")
+    yield palette("of_65537", "number of magnitudes is 65537", varint(65537, 0))
+    yield palette("zero", ascend, palette_of([0.0, 0.5, 0.75]))
+    yield palette("negative", ascend, palette_of([-0.25, 0.5, 0.75]))
+    yield palette("nan", ascend, palette_of([0.25, math.nan, 0.75]))
+    yield palette("infinity", ascend, palette_of([0.25, 0.5, math.inf]))
+    yield palette("twice", ascend, palette_of([0.25, 0.5, 0.5]))
+    yield palette("cut", "the table ends early", sound[:-3])
+    yield palette("not_told", "palette number is 1; at most 0", b"", number=1)
+    yield palette("numbers_missing", damaged, raw=b"")
+    yield palette("numbers_too_few", damaged, raw=numbers_of([0, 1, 2], thirds))
+    yield palette("numbers_too_many", damaged, raw=numbers_of([0, 1, 2] * 4, thirds))
+    yield palette("numbers_cut", damaged, raw=numbers[:-1])
+    yield palette("numbers_longer", "bytes longer than their blocks", raw=numbers + b"\0")
+    yield palette("frequencies_few", "add up to 65535", raw=varint(20000, 20000, 25535) + numbers[9:])
+    yield palette("frequencies_many", "add up to", raw=varint(1 << 20, 20000, 25535) + numbers[9:])
+    yield palette("frequency_long", damaged, raw=b"\x80\x80\x80\x01" + numbers[3:])
+    yield palette("state_low", damaged, raw=varint(*thirds, 4) + bytes([0, 0x7F, 255, 255]))
+    yield palette("state_high", damaged, raw=varint(*thirds, 4) + bytes([0x80, 0, 0, 0]))
+    yield palette("state_short", damaged, raw=varint(*thirds, 3) + bytes([1, 0, 0]))
+    yield palette("block_beyond", damaged, raw=varint(*thirds, 1000) + bytes([1, 0, 0, 0]))
+    yield palette("length_beyond", "length of numbers is 1000", rows=[Row(PALETTE, 2, levels=[levels, Numbers(numbers, 0, sound, 1000)])])
+    nothing = Levels(0, stream(20, {}), scale=b"")
+    yield palette("numbers_of_nothing", "expected none", rows=[Row(PALETTE, 2, levels=[nothing, Numbers(numbers, 0, sound)])])
+
+    two = recovering()
+
+    def tasks(name: str, phrase: str, entries: bytes, **pieces: Any) -> Case:
+        rows = [Row(PALETTE, 1, levels=[levels, Numbers(numbers, 0, entries)])]
+        return f"palette_tasks_{name}", phrase, two.but(**({"rows": rows, "shapes": [(20,)]} | pieces)).file()
+
+    scales, masks = "not finite, 0 or more", "masks torch.int64"
+    yield tasks("scale_nan", scales, palette_of([0.25, 0.5, 0.75], [1.0, math.nan], [1, 2, 3]))
+    yield tasks("scale_negative", scales, palette_of([0.25, 0.5, 0.75], [1.0, -1.0], [1, 2, 3]))
+    yield tasks("scale_large", "values of tasks that float32 cannot hold", palette_of([0.25, 0.5, 4.0], [1.0, 3e38], [1, 2, 3]))
+    yield tasks("mask_beyond", masks, palette_of([0.25, 0.5, 0.75], [1.0, 1.0], [1, 2, 4]))
+    yield tasks("masks_twice", "of which two have one mask", palette_of([0.25, 0.5, 0.5], [1.0, 1.0], [1, 2, 2]))
+    yield tasks("masks_unsorted", "masks that are not ascending", palette_of([0.25, 0.5, 0.5], [1.0, 1.0], [1, 3, 2]))
+    yield tasks("cut", "the table ends early", palette_of([0.25, 0.5, 0.75], [1.0, 1.0], [1]))
+    yield tasks("of_33", "number of tasks is 33", varint(3, 33))
+    yield tasks("of_three", "masks of 3 tasks, its facts tell of 2", palette_of([0.25, 0.5, 0.75], [1.0, 1.0, 1.0], [1, 2, 3]))
+    add = [*two.rows[:2], Row(ADD, 3, levels=[Levels(0, stream(20, {1: 1}))])]
+    yield "palette_tasks_beside_levels", "masks of tasks in some tensors, and none", two.but(rows=add).file()
 
     def heads(name: str, phrase: str, *tasks: str, role: int = 0, **told: Any) -> Case:
         rows = [Row(SET, 0, "score", varint(role, 2) + text(task)) for task in tasks]

@@ -387,6 +387,8 @@ def touched(change: Change) -> tuple[str, ...]:
 
 def streams(change: Change) -> tuple[U8, ...]:
     """A change's coded bytes, in the file's order."""
+    if isinstance(change, Palette):
+        return change.levels.stream, change.coded
     return (change.stream,) if isinstance(change, Lossless) else tuple(ternary.stream for ternary in change.ternaries)
 
 

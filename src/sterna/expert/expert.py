@@ -35,7 +35,7 @@ from sterna.expert.changes import (
     coded_shapes,
 )
 from sterna.expert.facts import Facts
-from sterna.expert.palette import Palette
+from sterna.expert.palette import Palette, refuse_tasks
 from sterna.fingerprint import Fingerprint, require_base, tensor_digest
 from sterna.numbers.products import product_entries
 
@@ -134,8 +134,7 @@ class Expert:
                 for codes in ternary.batches():
                     sha.update(codes)
             if isinstance(change, Palette):
-                for _, signed in change.batches():
-                    sha.update(np.abs(signed))
+                _add_palette(sha, change)
         return sha.hexdigest()
 
     @property
@@ -199,6 +198,7 @@ class Expert:
                 case Add():
                     dense[change.name] = torch.from_numpy(change.levels.levels().astype(np.float32)) * change.levels.scale
                 case Palette():
+                    refuse_tasks(change)
                     dense[change.name] = change.dense()
                 case Factors() | LowRank():
                     dense[change.name] = factor_product(change).reshape(_dense_shape(change) if tensors is None else tensors[change.name].shape)
@@ -429,6 +429,15 @@ def _add_tensor(sha: hashlib._Hash, tensor: torch.Tensor) -> None:
     _add_text(sha, str(tensor.dtype).removeprefix("torch."))
     _add_shape(sha, tuple(tensor.shape))
     sha.update(exact_bytes(tensor))
+
+
+def _add_palette(sha: hashlib._Hash, change: Palette) -> None:
+    for held in (change.magnitudes, change.members):
+        for first in range(0, change.levels.count if held is not None else 0, 1 << 20):
+            assert held is not None
+            sha.update(held.numpy()[change.numbers(first, min(1 << 20, change.levels.count - first))])
+    if change.scales is not None:
+        _add_tensor(sha, change.scales)
 
 
 def _add_shape(sha: hashlib._Hash, shape: tuple[int, ...]) -> None:

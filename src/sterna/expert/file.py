@@ -77,10 +77,22 @@ def _contradiction(facts: Facts, changes: Sequence[Change]) -> str | None:
         return f"method is {facts.method!r}, which some of its changes do not go with"
     if lost := {change.task for change in changes if isinstance(change, Set) and change.task} - set(facts.heads):
         return f"table has heads of the task {min(lost)!r}, which its facts do not know"
+    if fault := _tasks_fault(facts, changes):
+        return fault
     told = [(facts.mask.order, facts.mask.seed)] if facts.mask is not None else []
     if told != [(rule.order, rule.seed) for rule in rules]:
         return f"mask is {told or 'none'} in the facts, {[(rule.order, rule.seed) for rule in rules] or 'none'} in the table"
     return None
+
+
+def _tasks_fault(facts: Facts, changes: Sequence[Change]) -> str | None:
+    """Where palettes' masks of tasks do not go with the tasks of the facts, or with each other, or None."""
+    masked = {change.tasks for change in changes if isinstance(change, Palette)} | {0 for c in changes if not isinstance(c, Palette | Set)}
+    if masked <= {0}:
+        return None
+    if len(masked) > 1:
+        return "changes have masks of tasks in some tensors, and none (or of other tasks) in others"
+    return None if masked == {len(facts.heads)} else f"palettes have masks of {masked.pop()} tasks, its facts tell of {len(facts.heads)}"
 
 
 def _unjustified(changes: Sequence[Change]) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from sterna.errors import InvalidArgument
 from sterna.expert.changes import Change, Set
 from sterna.expert.expert import Expert
+from sterna.expert.palette import Palette, for_task
 
 
 def tasks(expert: Expert) -> tuple[str, ...]:
@@ -15,7 +16,7 @@ def tasks(expert: Expert) -> tuple[str, ...]:
 
 
 def with_head(expert: Expert, task: str | None = None) -> Expert:
-    """The expert with the head, configuration and class of one of its tasks, as if it were for this task alone.
+    """The expert with the head, configuration and class of one of its tasks, and its mask and scale where the expert has some, as if for it alone.
 
     Without `task`, of the only one there is; an expert without heads by name is returned as it is.
     Raises InvalidArgument, with the tasks that there are, for a task that the expert has no head for, or where none is chosen among several.
@@ -40,7 +41,10 @@ def with_head(expert: Expert, task: str | None = None) -> Expert:
         dropped=tuple(chosen.get("dropped", expert.facts.dropped)),
         heads={},
     )
-    changes = tuple(_own(change) for change in expert.changes if not isinstance(change, Set) or change.task in ("", task))
+    palettes = [change for change in expert.changes if isinstance(change, Palette) and change.tasks]
+    chosen_values = {change.name: change for change in for_task(palettes, there.index(task))}
+    kept = (change for change in expert.changes if not isinstance(change, Set) or change.task in ("", task))
+    changes = tuple(_own(chosen_values.get(change.name, change) if isinstance(change, Palette) else change) for change in kept)
     return replace(expert, facts=facts, changes=changes, file_digest=None, file_bytes=None)
 
 

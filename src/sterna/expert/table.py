@@ -39,7 +39,7 @@ from sterna.expert.changes import (
     needs_base,
     touched,
 )
-from sterna.expert.palette import Palette, palette_fault
+from sterna.expert.palette import MOST, MOST_TASKS, Palette, decoded_numbers, entries_fault, palette_fault
 from sterna.fingerprint import SHORT, Fingerprint
 
 MAX_NAMES = 1 << 18
@@ -75,10 +75,11 @@ def name_fault(name: str) -> str | None:
 
 @dataclass(slots=True)
 class _Before:
-    """What the rows before tell of an adapter's next one: what its key has before the module's own name, and its scaling."""
+    """What the rows before tell of the next one: what an adapter's key has before the module's own name, and its scaling; the palettes so far."""
 
     lead: str | None = None
     scaling: bytes | None = None
+    palettes: dict[bytes, int] = field(default_factory=dict)
 
     def key(self, name: str) -> str | None:
         return None if self.lead is None else self.lead + name.rpartition(".")[0]
@@ -107,6 +108,17 @@ def write_table(fingerprint: Fingerprint, changes: Iterable[Change], scaled: boo
     before = _Before()
     for change in changes:
         _put_row(out, change, before, numbers, {shape: i for i, shape in enumerate(shapes)}, scaled)
+    return bytes(out)
+
+
+def _palette_bytes(change: Palette) -> bytes:
+    """Magnitudes, and where tasks have masks these and the tasks' scales."""
+    out = bytearray()
+    _put(out, change.magnitudes.numel(), change.tasks)
+    out += change.magnitudes.numpy().astype("<f4").tobytes()
+    if change.scales is not None and change.members is not None:
+        out += change.scales.numpy().astype("<f4").tobytes()
+        out += change.members.numpy().astype("<u8").view(np.uint8).reshape(-1, 8)[:, : (change.tasks + 7) // 8].tobytes()
     return bytes(out)
 
 
@@ -216,6 +228,13 @@ def _put_row(
         _put(out, ternary.coding.number, shapes[ternary.shape], ternary.stop - ternary.start)
         if scaled and not isinstance(change, Palette):
             out += struct.pack("<f", ternary.scale)
+    if isinstance(change, Palette):
+        entries = _palette_bytes(change)
+        new = entries not in before.palettes
+        _put(out, before.palettes.setdefault(entries, len(before.palettes)))
+        if new:
+            out += entries
+        _put(out, change.coded.size)
 
 
 # Reading
@@ -274,6 +293,10 @@ class _Reader:
         return len(self.data) - self.at
 
 
+_Entries = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""A palette's magnitudes, masks and scales."""
+
+
 @dataclass(slots=True)
 class _Streams:
     """Deals out the bytes of the streams tensor in the order of the rows."""
@@ -283,6 +306,7 @@ class _Streams:
     stop: int
     scale: float | None
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    palettes: list[_Entries] = field(default_factory=list)
 
     def ternary(self, reader: _Reader, given: float | None = None) -> Ternary:
         """The next ternary tensor; `given` is a scale that its row does not tell."""
@@ -295,6 +319,16 @@ class _Streams:
             raise InvalidFile(f"the table's scale is {scale}; expected 0 or more")
         start, self.at = self.at, self.at + length
         return Ternary.open(shape, scale, coding, data=self.data, start=start, stop=self.at)
+
+    def palette(self, reader: _Reader, name: str) -> Palette:
+        levels = self.ternary(reader, 1.0)
+        number = reader.number(len(self.palettes), "palette number")
+        if number == len(self.palettes):
+            self.palettes.append(_palette(reader, name))
+        magnitudes, members, scales = self.palettes[number]
+        start, self.at = self.at, self.at + reader.number(self.stop - self.at, "length of numbers")
+        indices = decoded_numbers(self.data, start, self.at, levels.count, magnitudes.numel(), name)
+        return Palette(name, levels, magnitudes, indices, members, scales)
 
     def lossless(self, reader: _Reader, name: str) -> Lossless:
         dtype = _FLOATS[reader.number(len(_FLOATS) - 1, "dtype")]
@@ -445,10 +479,7 @@ def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Str
     if kind == _ADD:
         return Add(name, streams.ternary(reader))
     if kind == _PALETTE:
-        palette = Palette(name, streams.ternary(reader, 1.0), exact(f"{name}.magnitudes"), exact(f"{name}.indices"))
-        if fault := _change_fault(palette):
-            raise InvalidFile(f"the table's change of {name} {fault}")
-        return palette
+        return streams.palette(reader, name)
     if kind == _FACTORS:
         flags = reader.number(31, "flags")
         key = _key(reader, before, name, bool(flags & 4))
@@ -489,6 +520,22 @@ def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Str
     if fault := _change_fault(made):
         raise InvalidFile(f"the table's change of {name} {fault}")
     return made
+
+
+def _palette(reader: _Reader, name: str) -> _Entries:
+    """A palette that a row is the first to use."""
+    many, tasks = reader.number(MOST, "number of magnitudes"), reader.number(MOST_TASKS, "number of tasks")
+    magnitudes = torch.from_numpy(np.frombuffer(reader.take(4 * many), "<f4").astype(np.float32))
+    members = scales = None
+    if tasks:
+        scales = torch.from_numpy(np.frombuffer(reader.take(4 * tasks), "<f4").astype(np.float32))
+        width = (tasks + 7) // 8
+        wide = np.zeros((many, 8), np.uint8)
+        wide[:, :width] = np.frombuffer(reader.take(width * many), np.uint8).reshape(many, width)
+        members = torch.from_numpy(wide.reshape(-1).view("<i8").astype(np.int64))
+    if fault := entries_fault(magnitudes, members, scales):
+        raise InvalidFile(f"the table's change of {name} {fault}")
+    return magnitudes, members, scales
 
 
 def _set_row(reader: _Reader, name: str, of_base: bool, exact: Callable[[str], torch.Tensor]) -> Set:

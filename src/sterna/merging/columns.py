@@ -13,35 +13,37 @@ from numpy.typing import NDArray
 from sterna.codings import Coding
 from sterna.errors import InvalidArgument
 from sterna.expert.palette import MOST
-from sterna.merging.emitting import Chunk, How, Output, Task, add, magnitude_fault, rescaled, rounded
+from sterna.merging.emitting import Chunk, Entries, How, Norms, Output, Task, add, key_of, magnitude_fault, rescaled, rounded
 from sterna.merging.registry import F64, Kinds
-from sterna.numbers.kinds import width_of
 from sterna.streaming import ordered
 
 _COLUMNS = 1 << 14
 """Columns that a method gets at a time."""
 
 
-def merge_columns(task: Task, chunks: list[Chunk], how: How, coding: Coding, output: Output, advance: Callable[[int], None]) -> None:
+def merge_columns(task: Task, chunks: list[Chunk], how: How, coding: Coding, output: Output, norms: Norms, advance: Callable[[int], None]) -> None:
     """Merge one tensor into `output`. Raises as `emitting.merged` does."""
     parents = len(task.parts)
-    gram, norms = np.zeros((parents, parents)), np.zeros(parents)
+    gram, sizes = np.zeros((parents, parents)), np.zeros(parents)
     if how.method.statistics or how.by_norm:
         for _, (products, sums) in ordered(lambda chunk: _statistics(task, chunk), chunks):
             gram += products
-            norms += sums
-    factors = rescaled(task, norms) if how.by_norm else np.ones(parents)
+            sizes += sums
+    factors = rescaled(task, sizes) if how.by_norm else np.ones(parents)
     gram *= np.outer(factors, factors)
-    magnitudes = np.empty(0, np.float32)
-    for _, found in ordered(lambda chunk: np.unique(np.abs(_merged(task, chunk, how, factors, gram)[1])), chunks):
-        magnitudes = np.union1d(magnitudes, found[found > 0]).astype(np.float32)
-        if magnitudes.size > MOST:
-            raise InvalidArgument(magnitude_fault(task.name, magnitudes.size))
+    keys = np.empty(0, np.uint64)
+    for _, (found, some) in ordered(lambda chunk: _found(task, chunk, how, factors, gram), chunks):
+        keys = np.union1d(keys, found)
+        norms.own += some.own
+        norms.inside += some.inside
+        if keys.size > MOST:
+            raise InvalidArgument(magnitude_fault(task.name, keys.size))
+    entries = Entries.of(keys, how.method.recovers)
     output.begin()
-    for chunk, (record, numbers) in ordered(lambda chunk: _emitted(task, chunk, how, factors, gram, magnitudes, coding), chunks):
-        output.add(record, numbers, width_of(magnitudes.size))
+    for chunk, (record, numbers) in ordered(lambda chunk: _emitted(task, chunk, how, factors, gram, keys, coding), chunks):
+        output.add(record, numbers, entries.width)
         advance(chunk.size)
-    output.end(task.name, task.shape, magnitudes)
+    output.end(task.name, task.shape, entries)
 
 
 def _pieces(task: Task, chunk: Chunk) -> Iterator[tuple[NDArray[np.int64], F64]]:
@@ -64,19 +66,29 @@ def _statistics(task: Task, chunk: Chunk) -> tuple[F64, F64]:
     return gram, norms
 
 
-def _merged(task: Task, chunk: Chunk, how: How, factors: F64, gram: F64) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Positions and merged values, each rounded once to float32."""
-    places, merged = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+def _merged(task: Task, chunk: Chunk, how: How, factors: F64, gram: F64) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], F64]]:
+    """Positions, merged values, each rounded once to float32, and the parents', some at a time."""
     for positions, values in _pieces(task, chunk):
-        places.append(positions)
-        merged.append(rounded(task.name, how.method(Kinds(values * factors[:, None], task.weights, gram, how.semantics), how.options)))
-    return np.concatenate(places), np.concatenate(merged)
+        rows = values * factors[:, None]
+        yield positions, rounded(task.name, how.method(Kinds(rows, task.weights, gram, how.semantics), how.options)), rows
+
+
+def _found(task: Task, chunk: Chunk, how: How, factors: F64, gram: F64) -> tuple[NDArray[np.uint64], Norms]:
+    """The keys that occur in a chunk, and its norms."""
+    keys, norms = [np.empty(0, np.uint64)], Norms(len(how.bits))
+    for _, values, rows in _merged(task, chunk, how, factors, gram):
+        keys.append(np.unique(key_of(values, rows, how.bits)[values != 0]))
+        if how.method.recovers:
+            norms.add(values, rows, 1)
+    return np.unique(np.concatenate(keys)), norms
 
 
 def _emitted(
-    task: Task, chunk: Chunk, how: How, factors: F64, gram: F64, magnitudes: NDArray[np.float32], coding: Coding
+    task: Task, chunk: Chunk, how: How, factors: F64, gram: F64, keys: NDArray[np.uint64], coding: Coding
 ) -> tuple[bytes, NDArray[np.uint16]]:
-    positions, values = _merged(task, chunk, how, factors, gram)
-    kept = values != 0
-    codes = (positions[kept] << 1 | (values[kept] < 0)).astype(np.uint32)
-    return coding.encode(codes, chunk.size) if chunk.size else b"", np.searchsorted(magnitudes, np.abs(values[kept])).astype(np.uint16)
+    codes, numbers = [np.empty(0, np.uint32)], [np.empty(0, np.uint16)]
+    for positions, values, rows in _merged(task, chunk, how, factors, gram):
+        kept = values != 0
+        codes.append((positions[kept] << 1 | (values[kept] < 0)).astype(np.uint32))
+        numbers.append(np.searchsorted(keys, key_of(values, rows, how.bits)[kept]).astype(np.uint16))
+    return coding.encode(np.concatenate(codes), chunk.size) if chunk.size else b"", np.concatenate(numbers)

@@ -79,6 +79,7 @@ class How:
     options: Mapping[str, Any]
     semantics: Semantics
     by_norm: bool = False  # values dropped at random are rescaled by norms, as mergekit does
+    bits: Sequence[int] = ()  # for a method that recovers: each parent's bit in masks
 
 
 class _Scratch(threading.local):
@@ -93,12 +94,58 @@ _scratch = _Scratch()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """What becomes of each kind: `sign` int8 (0: nothing), `number` uint16 of its magnitude; `magnitudes` float32, ascending."""
+    """What becomes of each kind: `sign` int8 (0: nothing), `number` uint16 of its entry in the palette."""
 
     sign: NDArray[np.int8]
     number: NDArray[np.uint16]
+    entries: Entries
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """The entries of one palette: `magnitudes` float32, ascending; `members`, of a method that recovers, int64 masks of parents, else None."""
+
     magnitudes: NDArray[np.float32]
-    nonzeros: int
+    members: I64 | None
+
+    @classmethod
+    def of(cls, keys: NDArray[np.uint64], masked: bool) -> Entries:
+        """Of keys as `key_of` makes them, ascending."""
+        magnitudes = (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+        return cls(magnitudes, (keys & np.uint64(0xFFFFFFFF)).astype(np.int64) if masked else None)
+
+    @property
+    def width(self) -> int:
+        """Bits that say which entry; none where one magnitude is all there is to say."""
+        return width_of(self.magnitudes.size)
+
+
+def key_of(values: NDArray[np.float32], parents: F64, bits: Sequence[int]) -> NDArray[np.uint64]:
+    """Numbers that order as magnitudes and then masks do: of merged values [k], with the mask of the parents (float64[n, k]) that have their sign."""
+    keys = np.abs(values).view(np.uint32).astype(np.uint64) << np.uint64(32)
+    for row, bit in zip(parents, bits, strict=False):
+        keys |= (row * values > 0).astype(np.uint64) << np.uint64(bit)
+    return keys
+
+
+class Norms:
+    """Of a method that recovers: each parent's L1 norm, and that of the merged values inside its mask, over the tensors so far."""
+
+    def __init__(self, parents: int) -> None:
+        self.own = np.zeros(parents)
+        self.inside = np.zeros(parents)
+
+    def add(self, values: NDArray[np.float32], parents: F64, counts: I64 | int) -> None:
+        """Merged values [k], the parents' [n, k], and how often each occurs."""
+        size = np.abs(values.astype(np.float64))
+        self.own += (np.abs(parents) * counts).sum(1)
+        self.inside += ((parents * values > 0) * size * counts).sum(1)
+
+    def scales(self, bits: Sequence[int]) -> torch.Tensor:
+        """float32, by bit: what gives the values inside a mask the norm of its parent."""
+        found = np.zeros(self.own.size, np.float32)
+        found[list(bits)] = np.divide(self.own, self.inside, out=np.zeros_like(self.own), where=self.inside > 0)
+        return torch.from_numpy(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +164,7 @@ class Output:
         self.coding = coding
         self._streams: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (close() ends it)
         self._indices: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self._made: list[tuple[str, tuple[int, ...], NDArray[np.float32], int, int, int, int]] = []
+        self._made: list[tuple[str, tuple[int, ...], Entries, int, int, int, int]] = []
         self._left = np.empty(0, np.uint16)
         self._open: tuple[int, int] = 0, 0
 
@@ -136,23 +183,25 @@ class Output:
         except OSError as error:
             raise _no_room(error) from error
 
-    def end(self, name: str, shape: tuple[int, ...], magnitudes: NDArray[np.float32]) -> None:
+    def end(self, name: str, shape: tuple[int, ...], entries: Entries) -> None:
         if self._left.size:
-            self._indices.write(packed(self._left, width_of(magnitudes.size)).data)
+            self._indices.write(packed(self._left, entries.width).data)
             self._left = self._left[:0]
-        self._made.append((name, shape, magnitudes, self._open[0], self._streams.tell(), self._open[1], self._indices.tell()))
+        self._made.append((name, shape, entries, self._open[0], self._streams.tell(), self._open[1], self._indices.tell()))
 
-    def changes(self) -> list[Leveled]:
-        """Everything that was added, as views into the files."""
+    def changes(self, scales: torch.Tensor | None) -> list[Leveled]:
+        """Everything that was added, as views into the files; `scales` are those of the tasks."""
         data, indices = _mapped(self._streams, PADDING), _mapped(self._indices, PADDING)
         made: list[Leveled] = []
-        for name, shape, magnitudes, start, stop, first, last in self._made:
-            if magnitudes.size < 2:
+        for name, shape, entries, start, stop, first, last in self._made:
+            magnitudes = entries.magnitudes
+            if magnitudes.size < (2 if entries.members is None else 1):
                 scale = float(magnitudes[0]) if magnitudes.size else 0.0
                 made.append(Add(name, Ternary.open(shape, scale, self.coding, data, start, stop)))
                 continue
             levels = Ternary.open(shape, 1.0, self.coding, data, start, stop)
-            made.append(Palette(name, levels, torch.from_numpy(magnitudes), torch.from_numpy(indices[first:last])))
+            members = torch.from_numpy(entries.members) if entries.members is not None else None
+            made.append(Palette(name, levels, torch.from_numpy(magnitudes), torch.from_numpy(indices[first:last]), members, scales))
         return made
 
     def close(self) -> None:
@@ -182,6 +231,7 @@ def merged(tasks: Iterator[Task], total: int, how: How, progress: Progress) -> l
 
     output, done = Output(coding), 0
     tables: dict[bytes, F64] = {}
+    norms = Norms(len(how.bits))
 
     def advance(entries: int) -> None:
         nonlocal done
@@ -191,12 +241,12 @@ def merged(tasks: Iterator[Task], total: int, how: How, progress: Progress) -> l
     try:
         for group in _groups(tasks):
             if group[0].kinds > KINDS:
-                merge_columns(group[0], _chunks(group), how, coding, output, advance)
+                merge_columns(group[0], _chunks(group), how, coding, output, norms, advance)
                 continue
             counted = [np.zeros(task.kinds, np.int64) for task in group]
             for chunk, counts in ordered(lambda chunk, group=group: _counts(group[chunk.number], chunk), _chunks(group)):  # type: ignore[misc]
                 counted[chunk.number] += counts
-            made = [_table(task, counts, how, tables) for task, counts in zip(group, counted, strict=True)]
+            made = [_table(task, counts, how, tables, norms) for task, counts in zip(group, counted, strict=True)]
             for chunk, (record, numbers) in ordered(
                 lambda chunk, group=group, made=made: _emitted(group[chunk.number], chunk, made[chunk.number], coding),  # type: ignore[misc]
                 _chunks(group),
@@ -204,11 +254,11 @@ def merged(tasks: Iterator[Task], total: int, how: How, progress: Progress) -> l
                 task, table = group[chunk.number], made[chunk.number]
                 if not chunk.start:
                     output.begin()
-                output.add(record, numbers, width_of(table.magnitudes.size))
+                output.add(record, numbers, table.entries.width)
                 if chunk.start + chunk.size == task.size:
-                    output.end(task.name, task.shape, table.magnitudes)
+                    output.end(task.name, task.shape, table.entries)
                 advance(chunk.size)
-        return output.changes()
+        return output.changes(norms.scales(how.bits) if how.method.recovers else None)
     finally:
         output.close()
 
@@ -269,10 +319,10 @@ def _emitted(task: Task, chunk: Chunk, table: Table, coding: Coding) -> tuple[by
     codes, numbers = _scratch.codes, _scratch.numbers
     count = emit_kinds(_kinds(task, chunk), table.sign, table.number, codes, numbers)
     record = coding.encode(codes[:count], chunk.size) if chunk.size else b""
-    return record, numbers[:count].copy() if table.magnitudes.size > 1 else numbers[:0]
+    return record, numbers[:count].copy() if table.entries.width else numbers[:0]
 
 
-def _table(task: Task, counts: I64, how: How, tables: dict[bytes, F64]) -> Table:
+def _table(task: Task, counts: I64, how: How, tables: dict[bytes, F64], norms: Norms) -> Table:
     """What becomes of a tensor's kinds. `tables` holds merged values by what they follow from, for methods without statistics."""
     values = task.values()
     if how.by_norm:
@@ -286,19 +336,14 @@ def _table(task: Task, counts: I64, how: How, tables: dict[bytes, F64]) -> Table
         if key:
             tables.clear()  # one is enough: experts of one scale have the same kinds in every tensor
             tables[key] = made
-    return table_of(task.name, made, counts)
-
-
-def table_of(name: str, values: F64, counts: I64) -> Table:
-    """The palette of merged values (float64[k]) that occur, each rounded once to float32. Raises InvalidArgument where they do not fit."""
-    near = rounded(name, np.where(counts > 0, values, 0))
-    size = np.abs(near)
-    magnitudes = np.unique(size[size > 0])
-    if magnitudes.size > MOST:
-        raise InvalidArgument(magnitude_fault(name, magnitudes.size))
-    sign = np.sign(near).astype(np.int8)
-    number = np.searchsorted(magnitudes, size).astype(np.uint16)
-    return Table(sign, number, magnitudes, int(counts[sign != 0].sum()))
+    near = rounded(task.name, np.where(counts > 0, made, 0))
+    if how.method.recovers:
+        norms.add(near, values, counts)
+    keys = key_of(near, values, how.bits)
+    found = np.unique(keys[near != 0])
+    if found.size > MOST:
+        raise InvalidArgument(magnitude_fault(task.name, found.size))
+    return Table(np.sign(near).astype(np.int8), np.searchsorted(found, keys).astype(np.uint16), Entries.of(found, how.method.recovers))
 
 
 def rounded(name: str, values: F64) -> NDArray[np.float32]:

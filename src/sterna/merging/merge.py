@@ -16,7 +16,7 @@ from sterna.errors import InvalidArgument, SternaError
 from sterna.expert.changes import Add, Change, Factors, LowRank, Masked, Product, Set, touched
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import Facts
-from sterna.expert.palette import Palette
+from sterna.expert.palette import MOST_TASKS, Palette
 from sterna.merging.emitting import How, Task, merged
 from sterna.merging.exact import Slot, merge_slots, require_base_given, slot_fault, slots_of
 from sterna.merging.lora import form_of, loss_record, merge_products, product_entries_of
@@ -103,8 +103,12 @@ def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, prog
     faults.stop()
     exact = _exact(parents, faults)
     heads = _heads(parents, faults)
+    if recipe.method.recovers:
+        heads = {task: heads.get(task, {}) for parent in parents for task in _task_names(parent)}
     faults.stop()
-    how = How(recipe.method, recipe.options, recipe.semantics, recipe.method.drop == "random" and recipe.semantics == "mergekit")
+    how = How(
+        recipe.method, recipe.options, recipe.semantics, recipe.method.drop == "random" and recipe.semantics == "mergekit", _bits(recipe, parents)
+    )
     total = sum(change.levels.size for change in {name: change for parent in parents for name, change in parent.changes.items()}.values())
     made = merged(_tasks(recipe, parents, warn), total, how, progress)
     slots = _merged_slots(recipe, parents, how, base, progress)
@@ -145,6 +149,9 @@ def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress:
         told = f"{task} changes {(other or tuned)[0].name} by {kind}, which cannot be merged yet"
         faults.add(model.place, f"{told}; expected experts of full fine-tunes, LoRA, PaFi or HiWi's biases")
     leveled = {change.name: change for change in expert.changes if isinstance(change, Add | Palette)}
+    if any(isinstance(change, Palette) and change.tasks for change in expert.changes):
+        names = ", ".join(expert.facts.heads)
+        faults.add(model.place, f"{task} has a mask for each of its tasks ({names}): merge its own parents, or one of its tasks (sterna.with_head)")
     products = {change.name: change for change in expert.changes if isinstance(change, Factors | LowRank)}
     return Opened(model, expert, task, leveled, slots_of(expert), products)
 
@@ -170,6 +177,8 @@ def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
         if count > 1:
             names = ", ".join(parent.task for parent in parents if parent.expert.content_digest == digest)
             faults.add("models", f"{names} have the same content: a parent is given {count} times; weights say how much one counts")
+    if recipe.method.recovers:
+        _refuse_to_recover(recipe, parents, faults)
     if recipe.recompress is not None and any(parent.slots for parent in parents):
         faults.add("recompress", "the parents hold new values, of PaFi or HiWi; compress the merged expert over its base instead")
     slots: dict[str, tuple[Slot, str]] = {}
@@ -203,6 +212,26 @@ def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
             shape, task = shapes.setdefault(name, (change.levels.shape, parent.task))
             if shape != change.levels.shape:
                 faults.add(parent.model.place, f"{name} has shape {change.levels.shape} in {parent.task}, {shape} in {task}")
+
+
+def _bits(recipe: Recipe, parents: Sequence[Opened]) -> tuple[int, ...]:
+    """Where a method recovers: each parent's bit in masks, which is its place among the tasks in order."""
+    named = [_task_names(parent)[0] for parent in parents]
+    return tuple(map(sorted(named).index, named)) if recipe.method.recovers else ()
+
+
+def _refuse_to_recover(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
+    name = recipe.method.name
+    for parent in parents:
+        if parent.slots or parent.products:
+            kind = "LoRA" if parent.products else "new values under a mask or of whole tensors"
+            faults.add(parent.model.place, f"{name} keeps a mask of coded levels for each task; {parent.task} has {kind}: use lora: sparse first")
+        if len(_task_names(parent)) > 1:
+            faults.add(parent.model.place, f"{name} keeps one mask for each task; {parent.task} has the heads of {len(_task_names(parent))}")
+    if len(parents) > MOST_TASKS:
+        faults.add("models", f"{len(parents)} parents; {name} keeps masks of at most {MOST_TASKS} tasks")
+    if recipe.recompress is not None:
+        faults.add("recompress", f"what {name} keeps for each task is lost where the result is made ternary")
 
 
 def _task_names(parent: Opened) -> tuple[str, ...]:

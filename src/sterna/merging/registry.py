@@ -66,7 +66,8 @@ class MergeMethod:
     `drop` says which of a parent's non-zeros stay, by the parent's `density`: those of largest "magnitude", the same without the `gamma` share of
     "outliers", or each with that probability ("random"). `semantics` lists whose choices it can follow; `parents` how many it takes. `linear` says
     that the merged value is a sum of the parents' values, each times a number that follows from weights, options and `gram` alone: then LoRA's
-    products are merged exactly.
+    products are merged exactly. `recovers` says that the result keeps, for each parent, a mask of the entries whose merged value has its sign, and
+    the scale that gives what is inside the parent's L1 norm: so each parent's task can be had from it.
     """
 
     name: str
@@ -77,6 +78,7 @@ class MergeMethod:
     parents: tuple[int, int | None]
     options: Mapping[str, Option] = field(default_factory=dict)
     linear: bool = False
+    recovers: bool = False
 
     def __call__(self, kinds: Kinds, options: Mapping[str, Any]) -> F64:
         merged: F64 = self.function(kinds, **{_attribute(name, self.function): value for name, value in options.items()})
@@ -96,6 +98,7 @@ def merge_method(
     semantics: Sequence[Semantics] = ("paper",),
     parents: tuple[int, int | None] = (1, None),
     linear: bool = False,
+    recovers: bool = False,
 ) -> Callable[[Callable[..., F64]], Callable[..., F64]]:
     """Register a function of Kinds as a merge method. Its keyword-only parameters (bool, int, float or a Literal of texts, with defaults) are
     what a recipe's `parameters` may say; one underscore at a name's end is left out there (`lambda_`). ValueError for a name that is taken, or for
@@ -106,7 +109,7 @@ def merge_method(
             raise ValueError(f"a merge method named {name!r} is registered already")
         if linear and drop is not None:
             raise ValueError(f"the merge method {name!r} drops single values, so it is not linear")
-        _REGISTERED[name] = MergeMethod(name, function, drop, statistics, tuple(semantics), parents, _options(function), linear)
+        _REGISTERED[name] = MergeMethod(name, function, drop, statistics, tuple(semantics), parents, _options(function), linear, recovers)
         return function
 
     return register
@@ -130,7 +133,7 @@ def known() -> list[str]:
 
 @cache
 def _load() -> None:
-    from sterna.merging.methods import averages, consensus, geometry, ties  # noqa: F401  (they register themselves)
+    from sterna.merging.methods import averages, consensus, emr, geometry, ties  # noqa: F401  (they register themselves)
 
     for entry in entry_points(group=GROUP):
         entry.load()
