@@ -22,8 +22,8 @@ from sterna.demo.options import DemoOptions, checked
 from sterna.demo.report import DemoResult, LiveResult, Row, TaskResult
 from sterna.demo.run import run_demo
 from sterna.demo.tables import read_rows
-from sterna.reporting.report import Latency, Steps, Times
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, SternaError
+from sterna.reporting.report import Latency, Steps, Times
 from sterna.scoring import dense as controls
 from sterna.scoring import intervals
 from sterna.training.models import model_folder

@@ -27,6 +27,7 @@ def report(
     text_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the text.", show_default="by usual names")] = None,
     label_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the label.", show_default="by usual names")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128 or 256")] = None,
+    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Other ways to store the tuned model beside the experts.")] = True,
     repeats: Annotated[int, typer.Option(min=3, help="How often each time is taken.")] = 15,
     lang: Annotated[str, typer.Option("--lang", metavar="en|ja", help="The language that the page opens in; it holds both.")] = "en",
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
@@ -55,11 +56,11 @@ def report(
         if len(what) > 1:
             raise InvalidArgument(f"a folder is among {len(what)} paths; expected one run folder, or expert files")
         found = report_of_pilot(what[0])
-        subjects = [] if found else [subject_of_run(what[0], base, rows_of, tuned_of, options)]
+        subjects = [] if found else [subject_of_run(what[0], base, rows_of, tuned_of, controls, options)]
     else:
         if base is None or rows_of is None:
             raise InvalidArgument(f"{'--base' if base is None else '--data'} is missing; experts need a base and test rows to be measured with")
-        subjects = subjects_of(base, what, rows_of, tuned_of, **options)
+        subjects = subjects_of(base, what, rows_of, tuned_of, controls=controls, **options)
     if found is None:
         try:
             with progress_bar() as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -78,6 +79,7 @@ def search(
     from sterna.commands.fields import parse_metadata
     from sterna.searching.search import search as run
     from sterna.training.errors import Interrupted
+    from sterna.writing import whole_file
 
     if not data and within is not None:
         raise InvalidArgument("--within needs rows to measure it on; expected --data FILE")
@@ -111,6 +113,11 @@ def search(
     if not result.reached:
         raise Unreached(_unreached(result))
     result.expert.save(output)
+    if data:  # so that `sterna report` finds all of it
+        said = {"base": base, "tuned": tuned, "data": options.pop("data"), "test": options.pop("test"), "seed": seed}
+        options.pop("run_dir")
+        with whole_file(kept / "search.json") as file:
+            file.write(json.dumps({"file": str(output), "arguments": {**said, "options": options}, **result.to_dict()}, indent=2).encode())
     if as_json:
         print_json({"file": str(output), **result.to_dict()})
     else:

@@ -63,6 +63,7 @@ class TaskPlan(Section):
     metric: str | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
     rows: Count | None = None
+    test_rows: Count | None = None
 
 
 class Gates(Section):
@@ -85,6 +86,7 @@ class PilotPlan(Section):
     alpha: Literal["search", "formula"] | Positive = "search"
     head: Literal["exact", "fp16", "bf16", "int8"] = "exact"
     gates: Gates
+    controls: bool = True
     repeats: Annotated[int, Field(ge=3)] = 15
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     language: Literal["en", "ja"] = "en"

@@ -123,16 +123,15 @@ def _run(plan: PilotPlan, folder: PilotFolder, warn: Callable[[str], None], prog
         benches[task.name] = here = _Benches(plan, task, tuned, warn)
         climbed = climb(plan, task, tuned, here.for_gates, own, folder.expert(place, task.name), warn, progress)
         label = "" if climbed.expert is None else f"density {climbed.expert.facts.density:g}, alpha {climbed.expert.facts.alpha:g}"
-        subjects.append(Subject(task.name, here.for_report, climbed.expert, label, tuned))
+        rows = climbed.results[0].rows if climbed.results else 0
+        more: dict[str, Any] = {"controls": plan.controls, "choose": here.for_gates, "trail": climbed.trail, "trail_rows": rows}
+        subjects.append(Subject(task.name, here.for_report, climbed.expert, label, tuned, **more))
         climbs.append(climbed)
         if place == 0 and climbed.expert is None and len(plan.tasks) > 1:
             warn(f"{task.name} passed no step; the other {len(plan.tasks) - 1} tasks are not begun")
             break
         here.release()
-    parts = [
-        _part(subject, climbed, folder.task(place, subject.name), benches[subject.name], progress)
-        for place, (subject, climbed) in enumerate(zip(subjects, climbs, strict=True))
-    ]
+    parts = [_part(subject, folder.task(place, subject.name), benches[subject.name], progress) for place, subject in enumerate(subjects)]
     live = _live(plan, subjects, benches, folder, progress)
     report = once(folder.numbers, Report, lambda: _report(plan, subjects, climbs, parts, live))
     write_page(report, folder.report, plan.language)
@@ -162,7 +161,7 @@ class _Benches:
             if isinstance(task.test, float):
                 self._both = first.split(1 - task.test, self._plan.seed)
             else:
-                held = open_bench(self._plan.model, task.test, **{**options, "task": first.task})
+                held = open_bench(self._plan.model, task.test, rows=task.test_rows, **{**options, "task": first.task})
                 self._both = first, replace(held, model=first.model)
         return self._both
 
@@ -190,13 +189,8 @@ def _tuned(plan: PilotPlan, task: TaskPlan, own: Path, warn: Callable[[str], Non
     return load(place / "expert.safetensors")
 
 
-def _part(subject: Subject, climbed: Climbed, own: Path, benches: _Benches, progress: Progress) -> TaskPart:
-    def make() -> TaskPart:
-        part = task_part(subject, subject.open(), progress)
-        rows = climbed.results[0].rows if climbed.results else 0
-        return replace(part, task=replace(part.task, trail=climbed.trail, trail_rows=rows))
-
-    part = once(own / "measured.json", TaskPart, make)
+def _part(subject: Subject, own: Path, benches: _Benches, progress: Progress) -> TaskPart:
+    part = once(own / "measured.json", TaskPart, lambda: task_part(subject, subject.open(), progress))
     benches.release()
     return part
 

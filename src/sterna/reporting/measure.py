@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sterna.compression import DENSITY
 from sterna.expert.expert import Expert
 from sterna.live.patch import attach, attached
 from sterna.progress import Progress, silent
@@ -56,7 +58,8 @@ class Subject:
     """One task to measure: its name, how its bench is opened, the expert that the report speaks of and what it is called.
 
     `tuned` is the tuned model's folder, a PEFT folder or an exact expert; `others` are further experts for the same task by label.
-    `expert` is None where a pilot's gates left none.
+    `expert` is None where a pilot's gates left none. `controls`: beside them, other ways to store the tuned model, at the expert's
+    density; `choose` opens rows that are kept apart, for the one control that has a scale to choose. `trail` is what was tried before on `trail_rows` rows.
     """
 
     name: str
@@ -65,6 +68,10 @@ class Subject:
     label: str = ""
     tuned: Path | Expert | None = None
     others: tuple[tuple[str, Expert], ...] = ()
+    controls: bool = False
+    choose: Callable[[], Bench] | None = None
+    trail: tuple[Candidate, ...] = ()
+    trail_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +149,37 @@ def task_part(subject: Subject, bench: Bench, progress: Progress = silent) -> Ta
         size = inspect(expert).bytes
         facts = {"density": expert.facts.density, "alpha": expert.facts.alpha} if expert.facts.method == "compeft" else {}
         candidates.append(candidate("expert", name, size, outcome, tuned, base, chosen=chosen, **facts))
+    if subject.controls and subject.tuned is not None and subject.expert is not None:
+        candidates += [candidate("control", title, size, outcome, tuned, base) for title, size, outcome in _controls(subject, bench, progress)]
     kept: tuple[Kept, ...] = ()
     layers: tuple[Layer, ...] = ()
     if subject.expert is not None:
         summary = inspect(subject.expert)
         kept, layers = ways_to_keep(summary, bench.model, bench.base, subject.tuned), layers_of(summary)
-    task = TaskReport(subject.name, metric_of(base), base.rows, tuple(candidates), kept, layers)
+    task = TaskReport(subject.name, metric_of(base), base.rows, tuple(candidates), kept, layers, subject.trail, subject.trail_rows)
     return TaskPart(task, _dtypes(subject, bench, progress))
+
+
+def _controls(subject: Subject, bench: Bench, progress: Progress) -> Iterator[tuple[str, int, Outcome]]:
+    """What each control is called, the bytes of its file, and how it did."""
+    from sterna.scoring.controls import TITLES, TunedVector, controls
+
+    assert subject.expert is not None
+    assert subject.tuned is not None
+    apart = subject.choose() if subject.choose is not None else None
+    sign = 1 if bench.metric.higher_is_better else -1
+
+    def rank(expert: Expert) -> float:
+        assert apart is not None
+        return sign * apart.run(expert, progress=_renamed(progress, f"{subject.name}: choosing a scale")).value
+
+    names = [name for name in TITLES if name != "compeft"]
+    density = subject.expert.facts.density or DENSITY
+    vector = TunedVector.of(bench.base, subject.tuned, progress)
+    with tempfile.TemporaryDirectory(prefix="sterna-") as folder:
+        for control in controls(vector, folder, density=density, names=names, rank=rank if apart is not None else None):
+            found = bench.outputs(control.expert, progress=progress, step=f"{subject.name}: {control.title}")
+            yield control.title, control.bytes, bench.outcome(found)
 
 
 def metric_of(outcome: Outcome) -> Metric:

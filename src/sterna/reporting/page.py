@@ -325,7 +325,9 @@ def _scattered(task: TaskReport, sized: Sequence[Candidate], rows: int | None) -
 def _point(one: Candidate, task: TaskReport) -> charts.Point:
     assert one.bytes is not None
     name = label(one.label) if one.label else t(f"kind.{one.kind}")
-    says = _says(name, f"{amounts.size(one.bytes)}, {amounts.interval(one.score, task.metric)}")
+    known = one.score.low < one.score.high
+    value = amounts.interval(one.score, task.metric) if known else amounts.score(one.score.value, task.metric)
+    says = _says(name, f"{amounts.size(one.bytes)}, {value}")
     beside = same(f"{one.density:g}") if one.kind == "expert" and one.density is not None else name
     return charts.Point(_kind(one), one.bytes, one.score.value, says, beside)
 

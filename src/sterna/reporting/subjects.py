@@ -19,11 +19,14 @@ def subjects_of(
     experts: Sequence[str | os.PathLike[str]],
     data: Rows | Mapping[str, Rows],
     tuned: Any = None,
+    *,
+    controls: bool = True,
     **options: Any,
 ) -> list[Subject]:
     """One subject for each task: the first expert of a task is the one that the report speaks of, those after it stand beside it.
 
-    `data`, `tuned` and which expert is for which task are as in `sterna.evaluate`; `options` are those of `open_bench`.
+    `data`, `tuned` and which expert is for which task are as in `sterna.evaluate`; `options` are those of
+    `open_bench`. `controls`: other ways to store the tuned model beside them.
 
     Raises NotFound, InvalidFile, InvalidArgument.
     """
@@ -32,10 +35,10 @@ def subjects_of(
     by_task: dict[str, Rows] = dict(data) if isinstance(data, Mapping) else {"": data}
     models = named_models([("expert", expert) for expert in experts])
     chosen, tuned_of = models_by_task(models, list(by_task), None), tuned_by_task(tuned, list(by_task))
-    return [_subject(base, task, rows, chosen[task], tuned_of.get(task, []), options) for task, rows in by_task.items()]
+    return [_subject(base, task, rows, chosen[task], tuned_of.get(task, []), controls, options) for task, rows in by_task.items()]
 
 
-def _subject(base: Any, task: str, rows: Rows, models: Sequence[Model], tuned: Sequence[Model], options: Mapping[str, Any]) -> Subject:
+def _subject(base: Any, task: str, rows: Rows, models: Sequence[Model], tuned: Sequence[Model], controls: bool, options: Any) -> Subject:
     experts = [_expert(model, task) for model in models]
     first, *others = models
     return Subject(
@@ -45,6 +48,7 @@ def _subject(base: Any, task: str, rows: Rows, models: Sequence[Model], tuned: S
         first.name,
         tuned[0].source if tuned else None,
         tuple((model.name, expert) for model, expert in zip(others, experts[1:], strict=True)),
+        controls=controls,
     )
 
 

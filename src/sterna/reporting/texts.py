@@ -73,6 +73,11 @@ LABELS = {
     "uncompressed with tuned scale": Text("uncompressed, tuned scale", "非圧縮(倍率を調整)"),
     "prune only": Text("prune only", "枝刈りのみ"),
     "STC with mean magnitude": Text("STC, mean magnitude", "STC(平均絶対値)"),
+    "16-bit delta, tuned scale": Text("16-bit delta, tuned scale", "16ビット差分(倍率を調整)"),
+    "STC, mean magnitude": Text("STC, mean magnitude", "STC(平均絶対値)"),
+    "BitDelta, embeddings too": Text("BitDelta, embeddings too", "BitDelta(埋め込みを含む)"),
+    "8 bits, scales by row": Text("8 bits, scales by row", "8ビット(行ごとの倍率)"),
+    "4 bits, scales by row": Text("4 bits, scales by row", "4ビット(行ごとの倍率)"),
     "ComPEFT with alpha 1": Text("ComPEFT, alpha 1", "ComPEFT(アルファ1)"),
 }
 
