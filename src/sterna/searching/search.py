@@ -13,6 +13,7 @@ from sterna.compression import DENSITY, match, refuse_strangers
 from sterna.errors import InvalidArgument
 from sterna.expert.expert import Expert
 from sterna.expert.file import file_pieces
+from sterna.precision import HeadPrecision
 from sterna.progress import Progress, silent
 from sterna.searching.allocation import closed_form_alpha
 from sterna.searching.candidates import Maker, Setting
@@ -71,7 +72,10 @@ def search(
     (the run folder), and what `compress` and `open_bench` raise, before work starts.
     """
     goal = _goal(within, max_bytes, score, data, evaluations)
+    if data is None and (rows or metric is not None):
+        raise InvalidArgument(f"{next(iter(rows), 'metric')} is given; expected it with data alone")
     ledger = Ledger.open(run_dir, {})
+    benches = _benches(base, tuned, data, test, metric, seed, warn, rows) if data is not None else None
     matched = match(base, tuned, exclude=exclude, warn=warn, progress=progress)
     maker = Maker(matched, coding, progress)
     refuse_strangers(matched, maker.norm, force, warn)
@@ -83,15 +87,11 @@ def search(
         return _by_formula(maker, goal, limit, metadata)
     from sterna.searching.scores import OfFunction, OfRows, Scored, live_model
 
-    held: Bench | None = None
-    if data is not None:
-        bench, held = _benches(base, tuned, data, test, metric, seed, maker, warn, rows)
-        scorer: OfRows | OfFunction = OfRows(bench, progress)
-        higher_is_better = bench.metric.higher_is_better
+    if benches is not None:
+        scorer: OfRows | OfFunction = OfRows(benches[0], progress)
+        higher_is_better = benches[0].metric.higher_is_better
     else:
         assert score is not None
-        if rows or metric is not None:
-            raise InvalidArgument(f"{next(iter(rows), 'metric')} is given; expected it with data, not with a score")
         scorer = OfFunction(score, live_model(base, maker.expert(families[0].at(1e-9, 0.0))))
     ledger = replace(ledger, about={"made_of": maker.digest(), "coding": coding, **scorer.about})
     sign = 1 if higher_is_better else -1
@@ -99,14 +99,23 @@ def search(
     trials = _explore(problem, families, goal, limit, evaluations, sign, progress)
     chosen, reached = choice(trials, goal, limit, problem.tuned)
     selection = _compared(problem, scorer if isinstance(scorer, OfRows) else None, chosen)
-    tested = _tested(held, maker, chosen, progress) if held is not None else None
+    tested = _tested(benches[1], maker, chosen, progress) if benches is not None else None
     shown = tuple(Evaluated(trial.setting, trial.bytes, sign * trial.score) for trial in trials)
     note = _note(goal, reached, chosen.setting, scorer.about["metric"], len(trials), selection, tested)
     expert = maker.expert(chosen.setting, {**(metadata or {}), "search": note})
-    found = held.metric if held is not None else None
-    size = _size(expert)
     return SearchResult(
-        expert, chosen.setting, size, goal, reached, higher_is_better, shown, problem.made, found, selection, tested, tuple(matched.task.warnings)
+        expert=expert,
+        setting=chosen.setting,
+        bytes=_size(expert),
+        goal=goal,
+        reached=reached,
+        higher_is_better=higher_is_better,
+        trials=shown,
+        scored=problem.made,
+        metric=benches[1].metric if benches is not None else None,
+        selection=selection,
+        test=tested,
+        notes=tuple(matched.task.warnings),
     )
 
 
@@ -130,11 +139,11 @@ def _goal(within: float | None, max_bytes: int | None, score: object, data: obje
 
 def families_of(maker: Maker) -> list[Family]:
     """What a search looks at, the first before the others."""
-    head = "int8" if maker.head_bytes else "exact"
+    head: HeadPrecision = "int8" if maker.head_bytes else "exact"
     if len(maker.surveys) == 1:
-        return [Family(head=head)]  # type: ignore[arg-type]
-    families = [Family("scaled", 1, head), Family("balanced", 1, head)]  # type: ignore[arg-type]
-    return [*families, Family("global", 2, head)] if maker.carries_planes else families  # type: ignore[arg-type]
+        return [Family(head=head)]
+    families = [Family("scaled", 1, head), Family("balanced", 1, head)]
+    return [*families, Family("global", 2, head)] if maker.carries_planes else families
 
 
 def _limit(maker: Maker, family: Family, max_bytes: int | None) -> int | None:
@@ -143,7 +152,7 @@ def _limit(maker: Maker, family: Family, max_bytes: int | None) -> int | None:
         return None
     empty = maker.bytes(family.at(1e-9, 0.0)) + NOTE
     if empty >= max_bytes:
-        raise InvalidArgument(f"max_bytes is {max_bytes:,}, and an expert that changes nothing but the head takes {empty:,}; expected more than that")
+        raise InvalidArgument(f"max_bytes is {max_bytes:,}, and an expert of the head alone takes some {empty:,}; expected more")
     return max_bytes - NOTE
 
 
@@ -176,14 +185,13 @@ class _Sizes:
 
 def _benches(
     base: Source,
-    tuned: object,
+    tuned: Source | Expert,
     data: Rows,
     test: Rows | float,
     metric: Any,
     seed: int,
-    maker: Maker,
     warn: Callable[[str], None],
-    rows: dict[str, Any],
+    rows: Mapping[str, Any],
 ) -> tuple[Bench, Bench]:
     """The rows of selection and those of the test, on one live model."""
     from sterna.scoring.bench import open_bench
@@ -192,7 +200,7 @@ def _benches(
         raise InvalidArgument(f"base is a {type(base).__name__}; expected a model folder or a hub id, with data")
     if isinstance(test, float | int) and not 0 < test < 1:
         raise InvalidArgument(f"test is {test}; expected rows, or the share of the data to put aside, above 0 and below 1")
-    like = maker.expert(Setting(1e-9, 1.0))
+    like = tuned if isinstance(tuned, str | os.PathLike | Expert) else None
     options = {"metric": metric, "like": like, "seed": seed, "warn": warn, **rows}
     bench = open_bench(base, data, **options)
     if isinstance(test, float | int):
