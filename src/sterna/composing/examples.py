@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sterna.composing.compose import Composed, names_of, opened_parents
+from sterna.composing.grid import rounding
 from sterna.composing.heads import fit_head
 from sterna.composing.pool import Pool
 from sterna.composing.search import BOUNDS, BUDGET, L1, Trial, best, check_search, search, trial_of
@@ -112,7 +113,7 @@ def compose_examples(
     if dtype not in DTYPES:
         raise InvalidArgument(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     opened = opened_parents(experts)
-    names = names_of(experts, opened)
+    names, near = names_of(experts, opened), rounding(opened, max(1.0, *map(abs, bounds)))
     files = {"train": os.fspath(data), "test": None if test is None else os.fspath(test), "validation": None}
     said = Data.model_validate({**dict(columns or {}), **files})
     task = task or _task_of(opened) or guessed_task(said)
@@ -141,9 +142,9 @@ def compose_examples(
 
         alone = []
         for number in range(len(opened)):
-            alone.append(trial_of([float(number == other) for other in range(len(opened))], scored, l1))
+            alone.append(trial_of(near([float(number == other) for other in range(len(opened))]), scored, l1))
             tell(alone[-1])
-        trials = search(len(opened), scored, budget=budget, seed=seed, bounds=bounds, l1=l1, tell=tell)
+        trials = search(len(opened), scored, budget=budget, seed=seed, bounds=bounds, l1=l1, rounding=near, tell=tell)
         found, single = best([*trials, *alone]), best(alone)
 
         def contender(name: str, trial: Trial) -> Contender:

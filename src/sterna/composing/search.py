@@ -59,12 +59,15 @@ def search(
     seed: int = 0,
     bounds: tuple[float, float] = BOUNDS,
     l1: float = L1,
+    rounding: Callable[[Sequence[float]], list[float]] = list,
     tell: Callable[[Trial], None] = lambda trial: None,
 ) -> list[Trial]:
     """The trials, `budget` of them at most; the first has weights 0, the next move one weight each, in an order drawn by `seed`.
 
-    `tell` gets each as it is made. A trial that scores no finite number counts as the worst. An interruption (Ctrl-C) ends the search with the trials
-    that there are. Raises InvalidArgument as `check_search` does, or where no trial has a finite score.
+    `rounding` is applied to weights before they are tried; `tell` gets each trial as it is made. One that scores no finite number counts as the
+    worst. An interruption (Ctrl-C) ends the search with the trials that there are.
+
+    Raises InvalidArgument as `check_search` does, or where no trial has a finite score.
     """
     check_search(count, budget, bounds, l1)
     optimize = needed("scipy.optimize", "sterna[train]")
@@ -77,7 +80,7 @@ def search(
             raise _Spent
         weights = np.empty(count)
         weights[order] = np.clip(asked, low, high)  # COBYLA leaves its bounds by a little
-        trials.append(trial_of(weights.tolist(), score, l1))
+        trials.append(trial_of(rounding(weights.tolist()), score, l1))
         tell(trials[-1])
         return -trials[-1].penalized if math.isfinite(trials[-1].penalized) else 1e30
 
