@@ -246,6 +246,15 @@ def test_under_a_size_the_file_keeps_it(coding: str, tmp_path: Path) -> None:
         assert result.score == max(trial.score for trial in result.trials if trial.bytes <= size - 640)
 
 
+def test_the_users_metadata_counts(tmp_path: Path) -> None:
+    base, after = pair()
+    result = sterna.search(base, after, max_bytes=5_000, metadata={"about": "x" * 1_800})
+    result.expert.save(tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_size == result.bytes <= 5_000
+    with pytest.raises(InvalidArgument, match="max_bytes is 4,000"):
+        sterna.search(base, after, max_bytes=4_000, metadata={"about": "x" * 1_800})
+
+
 def test_a_tuned_folder_and_a_base_folder_are_loaded(tmp_path: Path) -> None:
     base, after = pair()
     base.bert.save_pretrained(tmp_path / "base")  # type: ignore[union-attr, operator]

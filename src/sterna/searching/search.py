@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,7 @@ def search(
     if not maker.norm:
         raise InvalidArgument("the tuned model equals the base in every tensor that is compressed; there is nothing to search for")
     families = families_of(maker)
-    limit = _limit(maker, families[0], max_bytes)
+    limit = _limit(maker, families[0], max_bytes, metadata)
     if score is None and data is None:
         return _by_formula(maker, goal, limit, metadata)
     from sterna.searching.scores import OfFunction, OfRows, Scored, live_model
@@ -146,14 +147,15 @@ def families_of(maker: Maker) -> list[Family]:
     return [*families, Family("global", 2, head)] if maker.carries_planes else families
 
 
-def _limit(maker: Maker, family: Family, max_bytes: int | None) -> int | None:
-    """The bytes that a candidate may have without its note. Raises InvalidArgument where nothing has so few."""
+def _limit(maker: Maker, family: Family, max_bytes: int | None, metadata: Mapping[str, Any] | None) -> int | None:
+    """The bytes that a candidate may have without metadata. Raises InvalidArgument where nothing has so few."""
     if max_bytes is None:
         return None
-    empty = maker.bytes(family.at(1e-9, 0.0)) + NOTE
+    beside = NOTE + len(json.dumps(dict(metadata or {}), ensure_ascii=False).encode())
+    empty = maker.bytes(family.at(1e-9, 0.0)) + beside
     if empty >= max_bytes:
         raise InvalidArgument(f"max_bytes is {max_bytes:,}, and an expert of the head alone takes some {empty:,}; expected more")
-    return max_bytes - NOTE
+    return max_bytes - beside
 
 
 def _by_formula(maker: Maker, goal: Goal, limit: int | None, metadata: Mapping[str, Any] | None) -> SearchResult:
