@@ -41,11 +41,12 @@ NAMES = (
     "causal_lm",
     "bitmasks",
     "merging",
+    "compose",
     "command_line",
 )
 LONG = ("causal_lm_training",)
 """Run where they are named."""
-APART = ("accuracy", "pafi_ternary", "merge_scores", "frontier", "allocation")
+APART = ("accuracy", "pafi_ternary", "merge_scores", "frontier", "allocation", "lorahub")
 """Run by their own commands, with results of their own kind and a `tables()` that tells them as Markdown."""
 PASSED_ON = ("--base", "--tuned", "--causal-lm")
 ALONE = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
