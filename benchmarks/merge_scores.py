@@ -95,6 +95,13 @@ def _breadcrumbs(taus: list[torch.Tensor]) -> torch.Tensor:
     return _total(parts)
 
 
+def _unified(taus: list[torch.Tensor]) -> torch.Tensor:
+    """EMR's: of those that have the sign of the sum, the largest."""
+    x = torch.stack(taus)
+    agree = x.sign() == x.sum(0).sign()
+    return x.sum(0).sign() * torch.where(agree, x.abs(), 0).amax(0)
+
+
 METHODS = {
     "linear": Method({}, None, lambda taus, scale: _total(taus) / len(taus)),
     "task_arithmetic": Method({}, 0.3, lambda taus, scale: scale * _total(taus)),
@@ -104,6 +111,7 @@ METHODS = {
     "breadcrumbs": Method({"density": 0.85, "gamma": 0.01}, 0.3, lambda taus, scale: scale * _breadcrumbs(taus)),
     "consensus": Method({}, 0.3, lambda taus, scale: scale * _consensus(taus)),
     "model_stock": Method({}, None, lambda taus, scale: _model_stock(taus)),
+    "emr": Method({}, None, lambda taus, scale: _unified(taus)),
 }
 SINGLE, BASE = "single", "base alone"
 
@@ -245,9 +253,20 @@ def merged_vector(training: str, name: str, scale: float) -> Vector:
     return {key: METHODS[name].dense([tau[key] for tau in taus], scale) for key in taus[0]}
 
 
+def recovered(training: str, task: str) -> Vector:
+    """EMR's vector of one task: the unified one where it agrees in sign, times sum |tau| / sum |those entries|."""
+    unified, own = merged_vector(training, "emr", 1.0), task_vector(task, training)
+    masked = {name: torch.where(own[name] * part > 0, part, 0) for name, part in unified.items()}
+    total = sum(float(part.abs().sum(dtype=torch.float64)) for part in own.values())
+    scale = total / sum(float(part.abs().sum(dtype=torch.float64)) for part in masked.values())
+    return {name: scale * part for name, part in masked.items()}
+
+
 def scored(live: Live, training: str, side: str, name: str, scale: float, split: str) -> dict[str, float]:
     if side == "compressed" or training == "pafi":
         return live.of_expert(merged_expert(training, name, scale, exact=side == "uncompressed"), split)
+    if name == "emr":
+        return live.of_vector(lambda task: recovered(training, task), training, split)
     return live.of_vector(merged_vector(training, name, scale), training, split)
 
 
