@@ -45,6 +45,8 @@ COMPRESSED = {"full": (0.1, 4.0), "lora": (0.2, 4.0), "pafi": (0.3, 2.0)}
 LORA_RANK = 8 * len(library.TASKS)
 """Of merged LoRA experts: what stacking six of rank 8 gives."""
 SIDES = ("compressed", "uncompressed")
+NO_EMR = {"compressed": ("lora", "pafi"), "uncompressed": ("pafi",)}
+"""Where there is none: it takes coded levels of whole tensors."""
 Vector = dict[str, torch.Tensor]
 """A merged or single task vector by the base's names, fp32."""
 
@@ -298,7 +300,7 @@ def wanted(trainings: list[str]) -> Iterator[tuple[str, str, str]]:
     for training in trainings:
         for name in (BASE, SINGLE, *METHODS):
             for side in SIDES:
-                if not (name == BASE and side == "compressed"):
+                if not (name == BASE and side == "compressed") and not (name == "emr" and training in NO_EMR.get(side, ())):
                     yield training, side, name
 
 
