@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import rouge_score.rouge_scorer
 import sacrebleu
@@ -505,6 +506,26 @@ def test_differences_are_in_points_and_either_way_round(place: Path) -> None:
     loss = metric_of("loss", "classification")
     by_loss = bench.run(place / "tuned", metric=loss).against(bench.run(metric=loss))
     assert by_loss.test == "bootstrap"
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_a_peft_folder_is_scored_as_peft_runs_it(place: Path, tmp_path: Path, method: str) -> None:
+    """LoRA, and a method that no expert can be made of."""
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(place / "bert", num_labels=2)
+    config: Any = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    if method == "prompt":
+        config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    said: list[str] = []
+    bench = open_bench(place / "bert", place / "rows.csv", like=tmp_path / "adapter", warn=said.append, device="cpu")
+    found = bench.outputs(tmp_path / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "bert")
+    with torch.no_grad():
+        wanted = [model(**tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in bench.evaluation.examples.texts[:9]]
+    assert found.logits is not None
+    assert np.allclose(found.logits[:9], wanted, atol=1e-5)
+    assert "no names" in said[0]
 
 
 def test_rows_from_memory_are_those_of_a_file(place: Path) -> None:

@@ -17,7 +17,7 @@ from sterna.expert.file import load
 from sterna.live.patch import attached
 from sterna.needs import needed, quiet
 from sterna.progress import Progress, silent
-from sterna.scoring.labels import class_names, columns_in_order, is_generic, numbered
+from sterna.scoring.labels import class_names, columns_in_order, generic, is_generic, numbered
 from sterna.scoring.metrics import Choice, measured, metric_of
 from sterna.scoring.outcome import Outcome as Outcome
 from sterna.scoring.purpose import Purpose, of_adapter, of_expert, of_folder, task_by_data
@@ -222,7 +222,9 @@ def open_bench(
     if chosen == "classification":
         classes = wanted.classes_with(settings) or (own.classes if own.classes and not is_generic(own.classes) else None) or ()
         labels = [str(label) for label in examples.answers or ()]
-        classes = classes or classes_of_labels(labels, own, table.source)
+        if not classes:
+            found = classes_of_labels(labels, own, table.source)
+            classes = generic(len(found)) if candidates else found  # whose heads have classes that nothing names
         refuse_one_class(labels, table.source)
         answers, names = numbered(labels, classes, table.source, warn)
         examples = replace(examples, answers=answers)

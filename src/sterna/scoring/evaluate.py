@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sterna.compression import ALPHA, DENSITY
-from sterna.errors import InvalidArgument
+from sterna.errors import InvalidArgument, Unsupported
 from sterna.expert.expert import Expert
 from sterna.expert.file import load
 from sterna.progress import Progress, silent
@@ -20,7 +21,8 @@ from sterna.scoring.evaluated import Entry, Evaluated, Kind, TaskScores
 from sterna.scoring.labels import columns_in_order
 from sterna.scoring.metrics import Choice, measured, metric_of
 from sterna.scoring.rows import Rows
-from sterna.sources.adapter import is_adapter
+from sterna.sources.adapted import adapted
+from sterna.sources.adapter import is_adapter, read_adapter
 from sterna.sources.checkpoint import open_checkpoint, resolve
 from sterna.sources.pairing import pair
 from sterna.summary import inspect
@@ -227,8 +229,8 @@ def _check(plan: _Plan, bench: Bench) -> None:
         if isinstance(model.source, Expert):
             with bench.wearing(model.source, head=plan.head_of(model)):
                 pass
-        elif not is_adapter(model.source):
-            pair(open_checkpoint(bench.base), open_checkpoint(model.source))
+        else:
+            _refuse_stranger(bench.base, model.source)
         purpose = purpose_of(model.source, plan.head_of(model))
         if bench.task == "classification" and purpose.classes is not None:
             columns_in_order(purpose.classes, bench.head, len(purpose.classes), model.name)
@@ -237,6 +239,15 @@ def _check(plan: _Plan, bench: Bench) -> None:
         found = few.outputs()
         for metric in own:
             measured(metric, few.evaluation, found, few.classes)
+
+
+def _refuse_stranger(base: Path, folder: Path) -> None:
+    """Raise PairingError where a tuned model or an adapter was not made of the base."""
+    if not is_adapter(folder):
+        pair(open_checkpoint(base), open_checkpoint(folder))
+        return
+    with contextlib.suppress(Unsupported):  # an adapter that PEFT alone can read
+        adapted(open_checkpoint(base), read_adapter(folder), ())
 
 
 def _metrics(plan: _Plan, bench: Bench) -> tuple[Metric, ...]:

@@ -20,9 +20,10 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 NOISE = 0.05
 """The p-value from which on a difference is called noise."""
 DRAWS, FEWER_DRAWS = 10_000, 1_000
-"""Resamples of the bootstrap: where sums of rows give the score, and where every resample is scored anew."""
+"""Resamples of the bootstrap: where sums of rows give the score, and where every resample is scored anew. Of very many rows that all differ fewer."""
 
 _BLOCK = 1 << 22  # numbers of a block of resamples
+_MOST = 200_000_000  # rows drawn one by one in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ def _counts(kind: I64, kinds: int, draws: int, random: np.random.Generator) -> I
         for start in range(0, draws, step):
             yield random.multinomial(kind.size, share, size=min(step, draws - start))
         return
-    for places in _places(kind.size, draws, random):
+    for places in _places(kind.size, max(FEWER_DRAWS, min(draws, _MOST // kind.size)), random):
         yield _counted(kind, kinds, places)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from sterna.errors import Unsupported
 from sterna.expert.changes import Set
 from sterna.expert.expert import Expert
 from sterna.expert.heads import with_head
 from sterna.scoring.labels import class_names, generic
-from sterna.sources.adapter import read_adapter
-from sterna.sources.checkpoint import open_checkpoint
+from sterna.sources.adapter import CONFIG, read_adapter
+from sterna.sources.checkpoint import open_checkpoint, read_json
 from sterna.sources.names import HEADS
 from sterna.training.data import LABELS
 from sterna.training.tables import Table
@@ -71,9 +72,13 @@ def of_folder(folder: Path) -> Purpose:
 
 
 def of_adapter(folder: Path) -> Purpose:
-    """Of a PEFT folder; it does not name its classes. Raises NotFound, InvalidFile, Unsupported."""
-    adapter = read_adapter(folder)
-    return Purpose(_PEFT_TASKS.get(str(adapter.config.get("task_type"))), None, adapter.saved)
+    """Of a PEFT folder of any method; it does not name its classes. Raises NotFound, InvalidFile."""
+    try:
+        adapter = read_adapter(folder)
+        config, head = adapter.config, adapter.saved
+    except Unsupported:  # neither LoRA nor (IA)3: PEFT can run it all the same
+        config, head = read_json(folder / CONFIG), {}
+    return Purpose(_PEFT_TASKS.get(str(config.get("task_type"))), None, head)
 
 
 def _task(architectures: Sequence[Any], config: Mapping[str, Any], classes: Sequence[str] | None) -> TaskName | None:
