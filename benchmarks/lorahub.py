@@ -162,6 +162,27 @@ def tuned(bench: Bench) -> dict[str, Any]:
     return {"right": bench.right(fine.eval())}
 
 
+def estimated(bench: Bench, others: Sequence[str]) -> dict[str, Any]:
+    """What could narrow the choice of experts before a search: the first-order estimate of each one's gain, minus the gradient of the examples' loss at
+    the base times its task vector; and its measured gain on the examples at weight 1. Beside them, its right test rows."""
+    model = bench.model
+    bench.score()
+    model.zero_grad()
+    model(**collator(tokenizer(), "classification")([dict(row) for row in bench.shots.rows])).loss.backward()
+    gradient = {name: tensor.grad for name, tensor in model.base_model.named_parameters() if tensor.grad is not None}
+    held = [expert(task, "full") for task in others]
+    slopes = [-sum(float((gradient[name] * tau).sum()) for name, tau in one.task_vector().items() if name in gradient) for one in held]
+    model.zero_grad()
+    gains, right = [], []
+    with Pool(model, held) as pool:
+        start = bench.score()
+        for number in range(len(others)):
+            pool.weigh([float(number == other) for other in range(len(others))])
+            gains.append(bench.score() - start)
+            right.append(bench.right().count("1"))
+    return {"experts": list(others), "slope": slopes, "gain": gains, "right": right}
+
+
 def full(bench: Bench, task: str) -> dict[str, Any]:
     """The task's own full fine-tune on all of its training rows."""
     return {"right": right_of(load_model(library.Trained(task, "full").tuned, "classification", tokenizer(), bench.data.classes), bench.test)}
@@ -177,12 +198,12 @@ def wanted(there: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, 
 def load() -> dict[str, Any]:
     if RESULT.exists():
         return json.loads(RESULT.read_text())
-    return {"machine": machine(), "shots": SHOTS, "test": TEST, "tasks": list(library.TASKS), "cells": {}, "tuned": {}}
+    return {"machine": machine(), "shots": SHOTS, "test": TEST, "tasks": list(library.TASKS), "cells": {}, "tuned": {}, "narrowed": {}}
 
 
 def keep(kind: str, key: str, cell: Mapping[str, Any]) -> None:
     found = load()
-    found[kind][key] = cell
+    found.setdefault(kind, {})[key] = cell
     with whole_file(RESULT) as file:
         file.write((json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
 
@@ -208,6 +229,10 @@ def go_on(most: float) -> None:
             continue
         bench = benches.setdefault(task, Bench(task))
         keep("tuned", task, {"examples": tuned(bench), "all": full(bench, task)})
+    for task in names:
+        others = [other for other in names if other != task]
+        if task not in load().get("narrowed", {}) and time.monotonic() <= until and all(library.Trained(other, "full").done for other in others):
+            keep("narrowed", task, estimated(benches.setdefault(task, Bench(task)), others))
 
 
 def bits(text: str) -> np.ndarray:
@@ -248,10 +273,28 @@ def tables() -> str:
         means = [f"{100 * statistics.mean(bits(cell[name]['right']).mean() for cell in known.values()):.1f}" for name in ("examples", "all")]
         columns = ["task", "on the examples", "on up to 1,500 rows"]
         parts += ["**Fine-tuning the base on the task itself**", markdown(columns, [["mean", *means], *told])]
+    if narrowed := found.get("narrowed"):
+        parts.append(_narrowing(narrowed))
     parts += ["**By task**", markdown(["experts", "", "unseen task", *CONTENDERS.values()], by_task)]
     if missing:
         parts.append(f"Not run: {', '.join(missing)}.")
     return "\n\n".join(parts)
+
+
+def _narrowing(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """How well what is known before a search ranks the experts by what they are worth alone on test rows."""
+    lines = []
+    for name, key in (("gradient at the base times task vector", "slope"), ("gain on the examples at weight 1", "gain")):
+        ranks = [_spearman(cell[key], cell["right"]) for cell in found.values()]
+        hits = sum(int(np.argmax(cell["right"])) in np.argsort(cell[key])[-3:] for cell in found.values())
+        lines.append([name, f"{statistics.mean(ranks):+.2f} ({min(ranks):+.2f} to {max(ranks):+.2f})", f"{hits} of {len(found)}"])
+    title = "What could narrow the choice of experts: rank correlation with their accuracy alone, mean over tasks (least to most)"
+    return f"**{title}**\n\n" + markdown(["ranked by", "Spearman's rho", "best expert among its first three of seven"], lines)
+
+
+def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def main() -> None:
