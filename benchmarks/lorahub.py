@@ -163,8 +163,8 @@ def tuned(bench: Bench) -> dict[str, Any]:
 
 
 def estimated(bench: Bench, others: Sequence[str]) -> dict[str, Any]:
-    """What could narrow the choice of experts before a search: the first-order estimate of each one's gain, minus the gradient of the examples' loss at
-    the base times its task vector; and its measured gain on the examples at weight 1. Beside them, its right test rows."""
+    """What could narrow the choice of experts before a search: the first-order estimate of each one's gain, minus the gradient of the examples' loss
+    at the base times its task vector; and its measured gain on the examples at weight 1. Beside them, its right test rows."""
     model = bench.model
     bench.score()
     model.zero_grad()
