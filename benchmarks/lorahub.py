@@ -286,10 +286,10 @@ def _narrowing(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for name, key in (("gradient at the base times task vector", "slope"), ("gain on the examples at weight 1", "gain")):
         ranks = [_spearman(cell[key], cell["right"]) for cell in found.values()]
-        hits = sum(int(np.argmax(cell["right"])) in np.argsort(cell[key])[-3:] for cell in found.values())
+        hits = sum(int(np.argmax(cell["right"])) in np.argsort(cell[key])[-2:] for cell in found.values())
         lines.append([name, f"{statistics.mean(ranks):+.2f} ({min(ranks):+.2f} to {max(ranks):+.2f})", f"{hits} of {len(found)}"])
     title = "What could narrow the choice of experts: rank correlation with their accuracy alone, mean over tasks (least to most)"
-    return f"**{title}**\n\n" + markdown(["ranked by", "Spearman's rho", "best expert among its first three of seven"], lines)
+    return f"**{title}**\n\n" + markdown(["ranked by", "Spearman's rho", "best expert among its first two"], lines)
 
 
 def _spearman(first: Sequence[float], second: Sequence[float]) -> float:

@@ -44,7 +44,7 @@ NAMES = (
     "compose",
     "command_line",
 )
-LONG = ("causal_lm_training", "lorahub_causal_lm",)
+LONG = ("causal_lm_training", "lorahub_causal_lm")
 """Run where they are named."""
 APART = ("accuracy", "pafi_ternary", "merge_scores", "frontier", "allocation", "lorahub")
 """Run by their own commands, with results of their own kind and a `tables()` that tells them as Markdown."""

@@ -208,6 +208,7 @@ def test_a_pool_refuses_what_cannot_be_weighed(tmp_path: Path) -> None:
     with torch.no_grad():
         next(other.parameters()).add_(1e-3)
     cases += [([sterna.compress(base, models.tuned(base), lossless=True)], Unsupported, "lossless")]
+    cases += [([sterna.merge(experts, "emr", tasks=["a", "b"])], InvalidArgument, "choose one")]
     for given, error, told in cases:
         with pytest.raises(error, match=told):
             Pool(base, given)

@@ -22,7 +22,7 @@ from sterna.composing.unions import Weights, weigh_levels
 from sterna.errors import InvalidArgument, PatchError, Unsupported, WrongBase
 from sterna.expert.changes import Add, Change, Masked, Product, Set, touched
 from sterna.expert.expert import Expert
-from sterna.expert.palette import Palette
+from sterna.expert.palette import Palette, refuse_tasks
 from sterna.live.patch import hold
 from sterna.live.update import Step
 from sterna.live.weights import Slot
@@ -34,8 +34,8 @@ class Pool:
     """Experts of full fine-tunes, PaFi, HiWi's biases, LoRA, and merged ones, decoded once and held in memory, on a live model. Heads are left out.
 
     Weights are 0 at first: the model is the base. Made of experts for one base, each of which `attach` would take; their numbers are in its order.
-    Raises WrongBase for different bases or another one than the model's; InvalidArgument for no expert or one given twice; Unsupported for changes
-    that cannot be weighed; and as `attach` does.
+    Raises WrongBase for different bases or another one than the model's; InvalidArgument for no expert, one given twice, or one that holds a mask for
+    each of several tasks; Unsupported for changes that cannot be weighed; and as `attach` does.
     """
 
     def __init__(self, model: torch.nn.Module, experts: Sequence[Expert], progress: Progress = silent) -> None:
@@ -106,6 +106,8 @@ def refuse_parents(experts: Sequence[Expert]) -> None:
             told = f"expert {number + 1} is for the base {base.name}, fingerprint {base.fingerprint[:12]}, and expert 1 for {first.name}"
             raise WrongBase(f"{told}, {first.fingerprint[:12]}; only experts for the same base can be weighed")
         for change in expert.changes:
+            if isinstance(change, Palette):
+                refuse_tasks(change)
             if not isinstance(change, Add | Palette | Masked | Product) and not (isinstance(change, Set) and change.role == "tuned"):
                 kind = f"{type(change).__name__.lower()}{f' ({change.role})' if isinstance(change, Set) else ''}"
                 told = f"expert {number + 1} changes {change.name} by {kind}, which cannot be weighed"
