@@ -207,7 +207,7 @@ def searched(work: Work, grid_best: dict[str, Any]) -> dict[str, Any]:
     as_good = work.problem.tuned - work.sign * grid_best["validation"]
     goals = {
         "under the grid's bytes": (Goal(max_bytes=grid_best["bytes"]), grid_best["bytes"]),
-        "as good as the grid": (Goal(within=max(as_good, 0.0)), None),
+        "as good as the grid": (Goal(within=as_good), None),
         "within": (Goal(within=allowed), None),
     }
     for name, (goal, limit) in goals.items():
@@ -251,7 +251,7 @@ def controls(work: Work, density: float, alpha: float) -> Iterator[dict[str, Any
 
     vector = TunedVector.of(work.base, work.tuned)
     with tempfile.TemporaryDirectory() as folder:
-        for control in made(vector, folder, base=work.base, tuned=work.tuned, density=density, alpha=alpha, rank=rank):
+        for control in made(vector, folder, density=density, alpha=alpha, rank=rank):
             yield {"name": control.title, "bytes": control.bytes, "test": work.test.run(control.expert).value, **control.detail}
 
 
