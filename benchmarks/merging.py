@@ -1,12 +1,16 @@
-"""How long does it take to merge eight experts by TIES, and how much memory, beside mergekit on the checkpoints that they came from?
+"""How long does it take to merge eight experts, and how much memory, beside mergekit on checkpoints and PEFT on adapters?
 
-Question: Eight experts of a causal language model of 135 million parameters, at density .1, merged by TIES and written: seconds, and the peak of
-    anonymous memory above the level after imports; beside mergekit on the eight full checkpoints.
-Goal: At most a tenth of mergekit's time and an eighth of its memory above imports.
+Question: Eight experts of a causal language model of 135 million parameters, at density .1, merged and written: seconds, and the peak of anonymous
+    memory above the level after imports. Of full fine-tunes by TIES, beside mergekit on the eight full checkpoints; of LoRA of rank 16 on all linear
+    layers by stacking, by SVD and by TIES cut to rank 16, beside PEFT's add_weighted_adapter on folders with the same factors.
+Goal: At most a tenth of mergekit's time and an eighth of its memory above imports; the same of PEFT.
 Predicted: 3 s and 60 MB beside 100 s and 1 GB: 108 million non-zeros are decoded twice at 2 ns and 77 million coded at 5 ns; mergekit sorts every
-    tensor of every parent, and holds the embedding nine times.
-Peer: mergekit's ties, with density .1 and its defaults, in an environment of its own (make mergekit), on bfloat16 checkpoints.
-Note: The base has the shapes of SmolLM2-135M and normal noise; each parent is the base plus noise. Writing is part of both. One thread each.
+    tensor of every parent, and holds the embedding nine times. LoRA: 1 s stacked and 3 s by SVD of factors, beside PEFT's 10 s to load and a dense
+    SVD of each of 210 matrices, 60 s; TIES of 106 million entries at 150 ns, 15 s beside 100.
+Peer: mergekit's ties, with density .1 and its defaults, in an environment of its own (make mergekit), on bfloat16 checkpoints; PEFT's cat, svd and
+    ties_svd (density .2), which need the base in memory.
+Note: The base has the shapes of SmolLM2-135M and normal noise; each parent is the base plus noise. Reading and writing are part of all. One thread
+    each. What is lost is held against the method's own result on the dense products, in the first layer.
 """
 
 from __future__ import annotations
@@ -17,15 +21,18 @@ import select
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import harness
 import sterna
 from memory import anonymous
+from sterna.sources.adapter import CONFIG as CONFIG_NAME
+from sterna.sources.adapter import PREFIX, WEIGHTS, part_names, write_adapter
 
 MERGEKIT = Path(os.environ.get("STERNA_MERGEKIT_PYTHON", Path(__file__).parents[1] / ".venv-mergekit" / "bin" / "python"))
 PARENTS, DENSITY, ROUNDS = 8, 0.1, 2
@@ -66,6 +73,44 @@ run_merge(config, out, MergeOptions(copy_tokenizer=False, write_model_card=False
 print(time.perf_counter() - started, flush=True)
 sys.stdin.readline()
 """
+
+
+LORA = """
+import sys, time
+import torch
+import sterna
+torch.set_num_threads(1)
+method, form, out, *paths = sys.argv[1:]
+cut = {"parameters": {"lora": "svd", "rank": 16}}
+options = {"cat": {}, "svd": cut, "ties_svd": cut | {"density": 0.2, "semantics": "peft"}}
+sterna.merge(paths[:1], method, **options[form]).digest  # compiled kernels are loaded from their cache
+print("ready", flush=True)
+sys.stdin.readline()
+started = time.perf_counter()
+sterna.merge(paths, method, **options[form]).save(out)
+print(time.perf_counter() - started, flush=True)
+sys.stdin.readline()
+"""
+PEFT = """
+import sys, time
+import peft, torch, transformers
+torch.set_num_threads(1)
+form, out, base, *paths = sys.argv[1:]
+options = {"cat": {}, "svd": {"svd_rank": 16}, "ties_svd": {"svd_rank": 16, "density": 0.2}}
+print("ready", flush=True)
+sys.stdin.readline()
+started = time.perf_counter()
+model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), paths[0], adapter_name="task0")
+for number, path in enumerate(paths[1:], 1):
+    model.load_adapter(path, f"task{number}")
+model.add_weighted_adapter([f"task{number}" for number in range(len(paths))], [1.0] * len(paths), "merged", combination_type=form, **options[form])
+model.save_pretrained(out, selected_adapters=["merged"])
+print(time.perf_counter() - started, flush=True)
+sys.stdin.readline()
+"""
+FORMS = {"cat": "task_arithmetic", "svd": "task_arithmetic", "ties_svd": "ties"}
+"""PEFT's names of combinations, and the method that does the same here."""
+RANK = 16
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -124,6 +169,82 @@ def _line(stream: IO[str], wanted: str = "") -> str:
     return line
 
 
+def write_adapters(folder: Path, base: Path, layers: int) -> tuple[list[Path], list[Path]]:
+    """Experts of LoRA adapters of noise, and PEFT folders with just the factors that they have."""
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
+    experts, folders = [], []
+    for number in range(PARENTS):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {}
+        for name, (out, inner) in ((name, shape) for name, shape in shapes(layers).items() if "_proj" in name):
+            names = part_names(name.removesuffix(".weight"), "lora")
+            sizes = ((RANK, inner), (out, RANK))
+            tensors |= {part: 0.02 * torch.randn(size, generator=generator) for part, size in zip(names, sizes, strict=True)}
+        made = folder / f"adapter{number}"
+        made.mkdir()
+        write_adapter(made, config, tensors)
+        experts.append(folder / f"lora{number}.safetensors")
+        expert = sterna.compress(base, made, density=DENSITY)
+        expert.save(experts[-1])
+        folders.append(sterna.apply(base, expert, folder / f"coded{number}"))
+    return experts, folders
+
+
+def deltas(path: Path) -> dict[str, torch.Tensor]:
+    """What an expert, or a PEFT folder of one, adds to the linear layers of the first layer, dense."""
+    if path.is_file():
+        expert = sterna.load(path)
+        first = tuple(change for change in expert.changes if ".layers.0." in change.name)
+        return replace(expert, changes=first).task_vector()
+    config, tensors = json.loads((path / CONFIG_NAME).read_text()), load_file(path / WEIGHTS)
+    found = {}
+    for name, A in tensors.items():
+        if ".layers.0." in name and name.endswith("lora_A.weight"):
+            B, module = tensors[name.replace("lora_A", "lora_B")], name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            rank, alpha = ((config.get(f"{key}_pattern") or {}).get(module, config[whole]) for key, whole in (("rank", "r"), ("alpha", "lora_alpha")))
+            found[f"{module}.weight"] = alpha / rank * (B @ A)
+    return found
+
+
+def lost(path: Path, form: str, parents: list[dict[str, torch.Tensor]]) -> float:
+    """|M - M'| / |M| over the first layer, with M what the method makes of the dense products."""
+    from peft.utils.merge_utils import ties
+
+    made, squares, difference = deltas(path), 0.0, 0.0
+    for name in parents[0]:
+        dense = [parent[name] for parent in parents]
+        wanted = ties(dense, torch.ones(len(dense)), density=0.2) if form == "ties_svd" else torch.stack(dense).double().sum(0)
+        squares += float((wanted.double() ** 2).sum())
+        difference += float(((wanted.double() - made[name].double()) ** 2).sum())
+    return (difference / squares) ** 0.5
+
+
+def merge_adapters(report: harness.Report, folder: Path, base: Path, layers: int, rounds: int) -> None:
+    """LoRA experts by every form, beside PEFT."""
+    experts, folders = write_adapters(folder, base, layers)
+    parents = [deltas(path) for path in experts]
+    rows = []
+    for form, method in FORMS.items():
+        times: dict[str, list[float]] = {"sterna": [], "PEFT": []}
+        peaks: dict[str, list[int]] = {"sterna": [], "PEFT": []}
+        for number in range(rounds):
+            ours, theirs = folder / f"{form}{number}.safetensors", folder / f"{form}{number}"
+            sides = {"sterna": (LORA, method, form, ours, *experts), "PEFT": (PEFT, form, theirs, base, *folders)}
+            for side, (program, *arguments) in sides.items():
+                seconds, above = watched(sys.executable, program, *arguments)
+                times[side].append(seconds)
+                peaks[side].append(above)
+                harness.note(f"{form}, {side}: {seconds:.1f} s, {above / 1e6:.0f} MB")
+        report.goal(f"{form}: time over PEFT's", harness.ratio(times["sterna"], times["PEFT"]), at_most=0.1)
+        report.goal(f"{form}: memory above imports over PEFT's", round(max(peaks["sterna"]) / min(peaks["PEFT"]), 4), at_most=0.125)
+        for side, path in (("sterna", ours), ("PEFT", theirs / "merged")):
+            size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+            seconds_, above_ = (round(min(times[side]), 2), round(max(times[side]), 2)), round(max(peaks[side]) / 1e6)
+            rows.append([f"{form}, {side}", *seconds_, above_, f"{lost(path, form, parents):.2g}", round(size / 1e6, 2)])
+    columns = ("", "seconds, least", "seconds, most", "anonymous memory above imports, MB", "lost, relative", "file, MB")
+    report.table(f"{PARENTS} LoRA experts of rank {RANK} on {7 * layers} linear layers, merged, one thread", columns, rows)
+
+
 def main() -> None:
     options = harness.options(__doc__)
     report = harness.Report(__file__, __doc__ or "", options.quick)
@@ -143,6 +264,7 @@ def main() -> None:
                 peaks[side].append(above)
                 harness.note(f"{side}: {seconds:.1f} s, {above / 1e6:.0f} MB")
         size = (folder / "merged.safetensors").stat().st_size
+        merge_adapters(report, folder, base, 3 if options.quick else LAYERS, rounds)
     if times["mergekit"]:
         report.goal("time over mergekit's", harness.ratio(times["sterna"], times["mergekit"]), at_most=0.1)
         report.goal("memory above imports over mergekit's", round(max(peaks["sterna"]) / min(peaks["mergekit"]), 4), at_most=0.125)

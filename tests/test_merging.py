@@ -229,7 +229,7 @@ def test_outliers_of_ternary_experts() -> None:
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    name: {"density": 0.5} if name.startswith("dare") else {} for name in registry.known() if name not in ("slerp",)
+    name: {"density": 0.5} if name.startswith("dare") else {} for name in registry.known() if name not in ("slerp", "emr")
 }
 
 

@@ -10,6 +10,7 @@ import math
 import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -156,6 +157,8 @@ def merged_values(values: Values, how: How, least: Sequence[int], seed: int) -> 
     before = np.zeros(len(values.sources))
     for number, source in enumerate(values.sources):
         read = source() if source is not None else None
+        if read is not None and (how.by_norm or (how.method.drop in ("magnitude", "outliers") and how.semantics != "paper")):
+            read = _once(read, values.size)
         if read is not None and how.by_norm:
             before[number] = sum(float(np.abs(part).sum()) for _, part in ordered(lambda step, read=read: read(*step), steps_of(values.size)))  # type: ignore[misc]
         reads.append(_kept(read, values.size, how, values.shares[number], least[number], seed, values.name) if read is not None else None)
@@ -178,6 +181,14 @@ def merged_values(values: Values, how: How, least: Sequence[int], seed: int) -> 
         return np.concatenate([np.empty(0), *made])
 
     yield from ordered(merge, steps_of(values.size))
+
+
+def _once(read: Read, size: int) -> Read:
+    """The same values from a temporary file, for those that are read several times."""
+    with closing(Spool()) as spool:
+        spool.add_wide(part for _, part in ordered(lambda step: read(*step), steps_of(size)))
+        whole = spool.wide()
+    return lambda start, stop: whole[start:stop].copy()
 
 
 def _rows(reads: Sequence[Read | None], step: Step) -> F64:
@@ -211,6 +222,19 @@ class Spool:
                 raise no_room(error) from error
             self._entries += stop - start
 
+    def add_wide(self, parts: Iterator[F64]) -> None:
+        """Values as they are, for `wide`; nothing else is added beside them."""
+        for part in parts:
+            try:
+                self._file.write(part.data)
+            except OSError as error:
+                raise no_room(error) from error
+            self._entries += part.size
+
+    def wide(self) -> F64:
+        """What `add_wide` took."""
+        return np.frombuffer(self._map(), np.float64) if self._entries else np.empty(0)
+
     def pieces(self) -> list[Piece]:
         """What was added, as views into the file."""
         whole = self.view()
@@ -230,13 +254,14 @@ class Spool:
 
     def view(self) -> F32:
         """All values one after another."""
+        return np.frombuffer(self._map(), np.float32) if self._entries else np.empty(0, np.float32)
+
+    def _map(self) -> mmap.mmap:
         try:
             self._file.flush()
         except OSError as error:
             raise no_room(error) from error
-        if not self._entries:
-            return np.empty(0, np.float32)
-        return np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY), np.float32)
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def close(self) -> None:
         self._file.close()

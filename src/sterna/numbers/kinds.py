@@ -87,9 +87,9 @@ def sort_columns(values):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def disjoint_sums(values, tie, sums, counts):
-    """For each column of float64[n, k], sorted: the sum of its values of the sign that has the larger sum, and how many they are; 0 and 0 where the
-    sum of all is no more than the share `tie` of the sum of their magnitudes."""
+def disjoint_sums(values, tie, plus, sums, counts):
+    """For each column of float64[n, k], sorted: the sum of its values of the sign that has the larger sum, and how many they are. At a tie (the sum
+    of all is no more than the share `tie` of the sum of their magnitudes): of those above 0 if `plus`, else 0 and 0."""
     n, k = values.shape
     above, below = np.zeros(k), np.zeros(k)
     positive, negative = np.zeros(k), np.zeros(k)
@@ -103,8 +103,9 @@ def disjoint_sums(values, tie, sums, counts):
     for j in range(k):
         whole = above[j] + below[j]
         tied = abs(whole) <= tie * (above[j] - below[j])
-        sums[j] = 0.0 if tied else above[j] if whole > 0.0 else below[j]
-        counts[j] = 0.0 if tied else positive[j] if whole > 0.0 else negative[j]
+        up = plus if tied else whole > 0.0
+        sums[j] = above[j] if up else 0.0 if tied else below[j]
+        counts[j] = positive[j] if up else 0.0 if tied else negative[j]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)

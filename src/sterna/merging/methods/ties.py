@@ -38,10 +38,12 @@ def dare_ties(kinds: Kinds, *, lambda_: float = 1.0, election: Election = "total
 def _disjoint(kinds: Kinds, election: Election, normalize: bool) -> F64:
     weights = kinds.weights[:, None]
     weighted = weights * kinds.values
-    if kinds.semantics == "paper" and election == "total":  # the same as below, from values that are sorted once
+    alike = float(kinds.weights[0]) if kinds.weights[0] > 0 and not np.ptp(kinds.weights) else 0.0
+    if election == "total" and (alike or kinds.semantics == "paper"):  # the same as below, from values that are sorted once
         sums, counts = np.empty(weighted.shape[1]), np.empty(weighted.shape[1])
-        disjoint_sums(in_order(weighted), TIE, sums, counts)
-        return sums / np.maximum(counts, 1) if normalize else sums
+        disjoint_sums(in_order(weighted), TIE, kinds.semantics != "paper", sums, counts)
+        weight = alike if kinds.semantics == "mergekit" else 1.0
+        return sums / np.maximum(counts, 1) / weight if normalize else sums
     voting = kinds.values if kinds.semantics == "peft" else weighted
     elected = sign(np.sign(voting) if election == "frequency" else voting)
     if kinds.semantics != "paper":
