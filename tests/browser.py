@@ -33,7 +33,10 @@ PROBE = """
       const frame = node.parentElement.closest(".scroll")?.getBoundingClientRect();
       const rects = [...range.getClientRects()]
         .map(({ left, right, top, bottom }) => ({ left, right, top: top + 0.2 * (bottom - top), bottom: bottom - 0.2 * (bottom - top) }))
-        .map((box) => frame ? { left: Math.max(box.left, frame.left), right: Math.min(box.right, frame.right), top: Math.max(box.top, frame.top), bottom: Math.min(box.bottom, frame.bottom) } : box)
+        .map((box) => !frame ? box : {
+          left: Math.max(box.left, frame.left), right: Math.min(box.right, frame.right),
+          top: Math.max(box.top, frame.top), bottom: Math.min(box.bottom, frame.bottom),
+        })
         .filter((box) => box.right - box.left > 1 && box.bottom - box.top > 1);
       list.push({ node, rects, text: node.textContent.trim() });
     }
@@ -56,7 +59,8 @@ PROBE = """
     const bad = [];
     for (const one of list) for (const rect of one.rects) {
       const scroll = one.node.parentElement.closest(".scroll");
-      if (!scroll && (rect.left < -0.5 || rect.right > width + 0.5)) bad.push(`${one.text.slice(0, 60)} at ${rect.left} to ${rect.right} of ${width}`);
+      const out = rect.left < -0.5 || rect.right > width + 0.5;
+      if (!scroll && out) bad.push(`${one.text.slice(0, 40)}: ${rect.left} to ${rect.right} of ${width}`);
     }
     for (const element of document.body.querySelectorAll("*")) {
       const style = getComputedStyle(element);
@@ -70,7 +74,8 @@ PROBE = """
     const canvas = new OffscreenCanvas(1, 1).getContext("2d");
     canvas.fillStyle = colour;
     canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((c) => (c / 255 <= 0.03928 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+    const linear = (c) => (c / 255 <= 0.03928 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(linear);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const faint = (list) => {
@@ -101,17 +106,31 @@ PROBE = """
     };
   }
   found.paper = light(getComputedStyle(document.body).backgroundColor);
-  found.charts = Object.fromEntries([...document.querySelectorAll("section")].map((section) => [section.id, section.querySelectorAll("svg:not(.symbol) svg, svg:not(.symbol) rect, svg:not(.symbol) line").length]));
+  const drawn = ["svg", "rect", "line"].map((shape) => `svg:not(.symbol) ${shape}`).join();
+  const parts = [...document.querySelectorAll("section")];
+  found.charts = Object.fromEntries(parts.map((part) => [part.id, part.querySelectorAll(drawn).length]));
   const marks = [...document.querySelectorAll("svg [tabindex]")].filter(visible);
   found.marks = marks.length;
-  found.mute = marks.filter((mark) => !mark.getAttribute("aria-label") || mark.querySelector("title").textContent !== mark.getAttribute("aria-label")).length;
-  found.unreachable = marks.filter((mark) => { mark.focus(); return document.activeElement !== mark || document.getElementById("tip").hidden; }).length;
+  const said = (mark) => mark.getAttribute("aria-label");
+  found.mute = marks.filter((mark) => !said(mark) || mark.querySelector("title").textContent !== said(mark)).length;
+  const reached = (mark) => {
+    mark.focus();
+    return document.activeElement === mark && !document.getElementById("tip").hidden;
+  };
+  found.unreachable = marks.filter((mark) => !reached(mark)).length;
   document.activeElement.blur();
   const speed = document.getElementById("speed"), wait = document.getElementById("wait"), memory = document.getElementById("memory-size");
   const set = (input, value) => { input.value = value; input.dispatchEvent(new Event("input")); };
   found.times = [...document.querySelectorAll("[data-time]")].map((cell) => cell.textContent);
-  if (speed) { set(speed, 0); set(wait, 500); found.slow = [...document.querySelectorAll("[data-time]")].map((cell) => [Number(cell.dataset.time), cell.textContent]); }
-  if (memory) { set(memory, 4); found.fit = [...document.querySelectorAll("#memory .group .value")].map((cell) => cell.textContent); }
+  if (speed) {
+    set(speed, 0);
+    set(wait, 500);
+    found.slow = [...document.querySelectorAll("[data-time]")].map((cell) => [Number(cell.dataset.time), cell.textContent]);
+  }
+  if (memory) {
+    set(memory, 4);
+    found.fit = [...document.querySelectorAll("#memory .group .value")].map((cell) => cell.textContent);
+  }
   found.resources = performance.getEntriesByType("resource").map((entry) => entry.name);
   const out = document.createElement("pre");
   out.id = "probe";

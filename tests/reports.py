@@ -48,7 +48,8 @@ def task(name: str, metric: Metric = ACCURACY, seed: int = 0) -> TaskReport:
         at("expert", f"ComPEFT {density}", int(10e6 * density), loss, density=density, alpha=4.0, chosen=density == 0.05)
         for density, loss in ((0.02, 3.1), (0.05, 0.3), (0.1, 0.2), (0.2, 0.1), (0.3, 0.1))
     ]
-    controls = [at("control", "prune only", 5_578_531, 2.4), at("control", "STC with mean magnitude", 1_319_805, 2.0), at("control", "BitDelta", 3_319_805, 1.2)]
+    stored = (("prune only", 5_578_531, 2.4), ("STC, mean magnitude", 1_319_805, 2.0), ("BitDelta", 3_319_805, 1.2))
+    controls = [at("control", *one) for one in stored]
     tuned = at("tuned", "", 90_875_664, 0.0)
     kept = (Kept("expert", 500_000, True), Kept("lora", 178_996, False), Kept("delta", 45_441_832, False), Kept("copy", 90_875_664, True))
     numbers = ["", *(str(i) for i in range(12))]
@@ -71,11 +72,16 @@ def report(*names: str) -> Report:
             density,
             4.0,
             int(10e6 * density),
-            (Gate("score", 3.1 if density < 0.05 else 0.3, 0.5, -0.6, 1.2), Gate("bytes", 10e6 * density, 4e6), Gate("latency", 1.01, 1.05, 0.97, 1.05)),
+            (
+                Gate("score", 3.1 if density < 0.05 else 0.3, 0.5, -0.6, 1.2),
+                Gate("bytes", 10e6 * density, 4e6),
+                Gate("latency", 1.01, 1.05, 0.97, 1.05),
+            ),
         )
         for one in tasks
         for density in (0.3, 0.2, 0.1, 0.05, 0.02)
     )
+    precisions = (("fp32", 0.0), ("bf16", 0.31))
     neighbours = tuple(Neighbour(one.name, estimate(79.7, 2), estimate(79.7, 2), True, times(11)) for one in tasks)
     return Report(
         base="encoder",
@@ -86,7 +92,7 @@ def report(*names: str) -> Report:
         latency=Latency(times(1551), times(1560), estimate(1.01, 0.04), 16, 64),
         memory=Memory(90_875_664, 1_100_000, 12_000_000),
         restored=True,
-        dtypes=tuple(DtypeRun(one.name, dtype, one.candidates[1].score, None, share) for one in tasks for dtype, share in (("fp32", 0.0), ("bf16", 0.31))),
+        dtypes=tuple(DtypeRun(one.name, dtype, one.candidates[1].score, None, share) for one in tasks for dtype, share in precisions),
         threads=(ThreadRun(1, times(19, 5), True), ThreadRun(2, times(11, 5), True)),
         side_by_side=SideBySide(neighbours, True) if len(tasks) > 1 else None,
         gates=gates,

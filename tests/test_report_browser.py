@@ -1,4 +1,4 @@
-"""The report's page in headless Chromium: both languages, phone to wide screen, light, dark and print; every chart there, no text cut or overlapping."""
+"""The report in headless Chromium: both languages, phone to wide screen, light, dark, print; every chart there, no text cut or overlapping."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from sterna.searching.candidates import Maker, Setting
 from sterna.searching.ledger import Ledger
 from sterna.searching.scores import OfRows, Scored
 from sterna.searching.strategy import Explorer, Family
+from sterna.summary import inspect
 
 MOST = 1000
 """Evaluations of a task: a bound that the climbs of some densities never reach."""
@@ -129,9 +130,9 @@ class _Climber:
         expert = self.problem.maker.expert(setting, {"task": self.task.name})
         outcome = self.scorer.outcome(expert, str(setting))
         tuned = self.scorer.outcome(self.problem.maker.tuned(), "the tuned model")
-        size = self.problem.bytes(setting)
+        size = inspect(expert).bytes
         difference = outcome.against(tuned)
-        lost = [-self.problem.sign * value for value in (difference.value, difference.low, difference.high)]
+        lost = [0.0 - self.problem.sign * value for value in (difference.value, difference.low, difference.high)]
         gates = _gates(self.plan.gates, Estimate(lost[0], min(lost[1:]), max(lost[1:])), size, expert, self.bench, self.plan.repeats)
         step = Step(self.task.name, setting.density, setting.alpha, size, gates)
         return StepResult(step, setting, outcome.interval(), len(self.bench), metric_of(outcome))

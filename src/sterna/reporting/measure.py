@@ -58,8 +58,8 @@ class Subject:
     """One task to measure: its name, how its bench is opened, the expert that the report speaks of and what it is called.
 
     `tuned` is the tuned model's folder, a PEFT folder or an exact expert; `others` are further experts for the same task by label.
-    `expert` is None where a pilot's gates left none. `controls`: beside them, other ways to store the tuned model, at the expert's
-    density; `choose` opens rows that are kept apart, for the one control that has a scale to choose. `trail` is what was tried before on `trail_rows` rows.
+    `expert` is None where a pilot's gates left none. `controls` asks for other ways to store the tuned model, at the expert's density; `choose` opens
+    rows that are kept apart, for the one control that has a scale to choose. `trail` is what was tried before on `trail_rows` rows.
     """
 
     name: str

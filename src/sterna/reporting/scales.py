@@ -65,6 +65,8 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for factors in ((1, 2, 5), (1, 3), (1,)):
         found = [factor * 10.0**power for power in range(first, last + 1) for factor in factors if low <= factor * 10.0**power <= high]
+        if len(found) < 2:  # less than a decade: as far apart as on a plain axis
+            return _linear_ticks(low, high, most)
         if len(found) <= most:
             return found
     step = math.ceil(len(found) / most)

@@ -86,8 +86,6 @@ TEXTS = {
     "page.kind": Text("Report on compressed experts", "圧縮エキスパートの報告書"),
     "page.base": Text("Base model", "ベースモデル"),
     "page.made": Text("Made on", "作成日"),
-    "page.language": Text("Language", "言語"),
-    "page.contents": Text("Contents", "目次"),
     "page.numbers": Text("The numbers behind this", "この図の数値"),
     "page.download": Text("Download as CSV", "CSVをダウンロード"),
     "page.skip": Text("Skip to the results", "結果へ移動"),
@@ -193,7 +191,6 @@ TEXTS = {
     ),
     "transfer.speed": Text("Link speed", "回線速度"),
     "transfer.wait": Text("Waiting time before the first byte, ms", "最初のバイトまでの待ち時間(ms)"),
-    "transfer.time": Text("time", "時間"),
     "transfer.note": Text("No overhead of a protocol is counted.", "プロトコルのオーバーヘッドは含みません。"),
     # Attach and swap
     "steps.title": Text("Attach and swap", "装着と切り替え"),

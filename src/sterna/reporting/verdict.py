@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sterna.reporting.amounts import bracket, difference, digits, milliseconds, ratio, score, signed, size, times
@@ -24,6 +25,18 @@ def loss(one: Candidate, task: TaskReport) -> float | None:
     if one.to_tuned is None:
         return None
     return -one.to_tuned.value if task.metric.higher_is_better else one.to_tuned.value
+
+
+def worst(compared: Sequence[tuple[TaskReport, Candidate]]) -> tuple[TaskReport, Candidate, Estimate]:
+    """The largest loss, as a share of the tuned model's score, since tasks may have metrics of their own; of candidates that are compared."""
+
+    def share(item: tuple[TaskReport, Candidate]) -> float:
+        tuned = item[0].of("tuned")
+        return (loss(item[1], item[0]) or 0.0) / max(abs(tuned.score.value) if tuned else 1.0, 1e-9)
+
+    task, one = max(compared, key=share)
+    assert one.to_tuned is not None
+    return task, one, one.to_tuned
 
 
 def served(report: Report) -> list[tuple[TaskReport, Candidate]]:
@@ -55,12 +68,10 @@ def figures(report: Report) -> list[Figure]:
         result.append(Figure(size(bytes_), t("key.size" if len(found) == 1 else "key.size.mean")))
         if copy := mean([_copy(task) for task, _ in found]):
             result.append(Figure(times(copy / bytes_), t("key.smaller")))
-        compared = [(task, one, lost) for task, one in found if (lost := loss(one, task)) is not None]
-        if compared:
-            task, one, _ = max(compared, key=lambda item: item[2])
-            assert one.to_tuned is not None
+        if compared := [(task, one) for task, one in found if one.to_tuned is not None]:
+            task, _, to_tuned = worst(compared)
             what = t("key.difference", metric=metric_title(task.metric.title)) if len(found) == 1 else t("key.difference.worst")
-            result.append(Figure(signed(one.to_tuned.value, task.metric), what, _beside(one.to_tuned, task)))
+            result.append(Figure(signed(to_tuned.value, task.metric), what, _beside(to_tuned, task)))
     if report.steps is not None:
         swap = report.steps.swap
         result.append(Figure(milliseconds((swap or report.steps.attach).median), t("key.swap" if swap else "key.attach")))
@@ -92,13 +103,12 @@ def _judged(task: TaskReport, one: Candidate) -> Text:
 
 
 def _all_judged(found: list[tuple[TaskReport, Candidate]]) -> Text:
-    compared = [(task, one, lost) for task, one in found if (lost := loss(one, task)) is not None]
+    compared = [(task, one) for task, one in found if one.to_tuned is not None]
     if not compared:
         return t("verdict.uncompared")
-    worse = [one for _, one, lost in compared if one.to_tuned is not None and lost > 0 and not is_noise(one.to_tuned)]
-    task, one, _ = max(compared, key=lambda item: item[2])
-    assert one.to_tuned is not None
-    said = {"difference": difference(one.to_tuned, task.metric), "task": task.name}
+    worse = [(task, one) for task, one in compared if (loss(one, task) or 0.0) > 0 and one.to_tuned is not None and not is_noise(one.to_tuned)]
+    task, _, to_tuned = worst(worse or compared)
+    said = {"difference": difference(to_tuned, task.metric), "task": task.name}
     return t("verdict.some.worse", worse=len(worse), compared=len(compared), **said) if worse else t("verdict.all.noise", **said)
 
 
