@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import models
 import reports
@@ -15,7 +17,7 @@ import sterna
 import trainable
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.pilot.folder import slug
-from sterna.pilot.plan import read_plan
+from sterna.pilot.plan import Gates, PilotPlan, TaskPlan, read_plan
 from sterna.pilot.run import PilotResult, pilot, report_of_pilot
 from sterna.training.errors import Interrupted, InvalidConfig
 from sterna.training.run import train
@@ -215,6 +217,15 @@ def test_a_tuned_model_of_another_base_is_a_fault(place: Path, tmp_path: Path) -
     task = {**plan_of(place)["tasks"][0], "tuned": str(tmp_path / "llama")}
     with pytest.raises(InvalidConfig, match=r"tasks\[0\].tuned"):
         read_plan(plan_of(place, tasks=[task]))
+
+
+def test_the_plan_in_the_docs_is_one() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "pilot.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
+    plan = PilotPlan.model_validate(yaml.safe_load(text))
+    assert (plan.gates.bytes, plan.gates.memory) == (2_000_000, 20_000_000)
+    for field in (*TaskPlan.model_fields, *Gates.model_fields, *PilotPlan.model_fields):
+        assert re.search(rf"\b{field}\b", docs), field
 
 
 def file_in_the_way(folder: Path) -> Path:
