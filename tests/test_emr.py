@@ -73,6 +73,16 @@ def test_parents_that_agree_nowhere_or_change_nothing() -> None:
     assert not any(values.any() for task in "ab" for values in vector(with_head(merged, task)).values())
 
 
+def test_a_tensor_that_no_parent_changes_is_joined_with_one_under_a_mask() -> None:
+    untouched = np.zeros((8, 9), np.int8)
+    changes = [[Add("same", ternary_of(untouched, 0.25)), Add("w", ternary_of(random_levels((8, 9), 0.4, seed=seed), 0.25))] for seed in (1, 2)]
+    merged = merge([expert_of(each, metadata={"task": task}) for each, task in zip(changes, "ab", strict=True)], "emr")
+    one = with_head(merged, "a")
+    assert {change.name: type(change) for change in one.changes} == {"same": Add, "w": Add}
+    assert not vector(one)["same"].any()
+    assert one.adds.count == np.count_nonzero(vector(one)["w"]) > 0
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_order_and_replay_do_not_change_a_bit(threads: int, tmp_path: Path) -> None:
     experts = parents("global")

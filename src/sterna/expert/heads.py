@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sterna.errors import InvalidArgument
-from sterna.expert.changes import Change, Set
+from sterna.expert.changes import Add, Change, Set
 from sterna.expert.expert import Expert
 from sterna.expert.palette import Palette, for_task
 
@@ -41,10 +41,11 @@ def with_head(expert: Expert, task: str | None = None) -> Expert:
         dropped=tuple(chosen.get("dropped", expert.facts.dropped)),
         heads={},
     )
-    palettes = [change for change in expert.changes if isinstance(change, Palette) and change.tasks]
-    chosen_values = {change.name: change for change in for_task(palettes, there.index(task))}
+    masked = any(isinstance(change, Palette) and change.tasks for change in expert.changes)
+    leveled = [change for change in expert.changes if isinstance(change, Add | Palette)] if masked else []
+    chosen_values = {change.name: change for change in for_task(leveled, there.index(task))}
     kept = (change for change in expert.changes if not isinstance(change, Set) or change.task in ("", task))
-    changes = tuple(_own(chosen_values.get(change.name, change) if isinstance(change, Palette) else change) for change in kept)
+    changes = tuple(_own(chosen_values.get(change.name, change) if isinstance(change, Add | Palette) else change) for change in kept)
     return replace(expert, facts=facts, changes=changes, file_digest=None, file_bytes=None)
 
 

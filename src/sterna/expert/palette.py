@@ -110,10 +110,10 @@ def refuse_tasks(change: Palette) -> None:
         raise InvalidArgument(f"{change.name} has values for each of {change.tasks} tasks; choose one (head=..., sterna.with_head(expert, task))")
 
 
-def for_task(changes: Sequence[Palette], task: int) -> list[Add | Palette]:
+def for_task(changes: Sequence[Add | Palette], task: int) -> list[Add | Palette]:
     """What palettes with masks are for the task of that number: the non-zeros in its mask, worth magnitude * scale, rounded once to float32.
 
-    Their streams lie in one buffer. Raises InvalidFile where a stream is damaged.
+    Levels without masks (of tensors where no parent changed anything) stay as they are. All streams lie in one buffer. Raises InvalidFile where a stream is damaged.
     """
     from sterna.codings import PADDING, default_coding
     from sterna.expert.changes import Add, Ternary
@@ -134,11 +134,14 @@ def for_task(changes: Sequence[Palette], task: int) -> list[Add | Palette]:
     return made
 
 
-def _part(change: Palette, task: int) -> tuple[bytes, F32, NDArray[np.uint16]]:
-    """The stream, magnitudes and numbers of a palette for one task."""
+def _part(change: Add | Palette, task: int) -> tuple[bytes, F32, NDArray[np.uint16]]:
+    """The stream, magnitudes and numbers of a change for one task."""
     from sterna.codings import default_coding
     from sterna.recoding import stream_of
 
+    if not isinstance(change, Palette):
+        magnitudes = np.array([change.levels.scale], np.float32)
+        return stream_of(change.levels.codes(), change.levels.shape, default_coding()), magnitudes, np.zeros(change.levels.count, np.uint16)
     assert change.members is not None
     assert change.scales is not None
     values: F32 = (change.magnitudes.double() * change.scales[task].double()).float().numpy()
