@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,20 +25,26 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """An empty folder but for `base`, `tuned`, `news.csv` and `legal.safetensors`."""
+    """An empty folder but for `base`, `tuned`, rows and `legal.safetensors`."""
     torch.manual_seed(0)
-    classifier = models.bert_classifier(labels=4)
+    classifier: Any = models.bert_classifier(labels=4)
+    classifier.config.id2label = dict(enumerate("abcd"))
+    classifier.config.label2id = {label: number for number, label in enumerate("abcd")}
     classifier.bert.save_pretrained(tmp_path / "base")
-    trainable.tokenizer("bert").save_pretrained(tmp_path / "base")
-    trainable.save_csv(tmp_path / "news.csv", 40)
+    for seed, (name, count) in enumerate({"news": 40, "legal": 40, "eval": 80, "test": 60, "few": 16}.items()):
+        lines = [f"{row['text']},{'abcd'[number % 4]}" for number, row in enumerate(trainable.rows(count, seed))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     models.tuned(classifier).save_pretrained(tmp_path / "tuned")
+    for folder in ("base", "tuned"):
+        trainable.tokenizer("bert").save_pretrained(tmp_path / folder)
     sterna.compress(classifier.bert, models.tuned(classifier, seed=2)).save(tmp_path / "legal.safetensors")
     return tmp_path
 
 
 def test_commands(place: Path) -> None:
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("sterna ")]
-    assert {line.split()[1] for line in commands} == {"train", "compress", "inspect", "verify", "similarity", "recode", "merge", "apply"}
+    made = {"train", "compress", "inspect", "verify", "similarity", "recode", "merge", "apply"}
+    assert {line.split()[1] for line in commands} == made | {"search", "report", "evaluate", "compose"}
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     for line in commands:
         done = subprocess.run(line, shell=True, cwd=place, env=environment, capture_output=True, text=True, check=False)
