@@ -92,7 +92,10 @@ def report(*names: str) -> Report:
         latency=Latency(times(1551), times(1560), estimate(1.01, 0.04), 16, 64),
         memory=Memory(90_875_664, 1_100_000, 12_000_000),
         restored=True,
-        dtypes=tuple(DtypeRun(one.name, dtype, one.candidates[1].score, None, share) for one in tasks for dtype, share in precisions),
+        dtypes=(
+            *(DtypeRun(one.name, dtype, one.candidates[1].score, None, share) for one in tasks for dtype, share in precisions),
+            DtypeRun(tasks[0].name, "fp16", None, None, 0.0),
+        ),
         threads=(ThreadRun(1, times(19, 5), True), ThreadRun(2, times(11, 5), True)),
         side_by_side=SideBySide(neighbours, True) if len(tasks) > 1 else None,
         gates=gates,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sterna.compression import DENSITY
+from sterna.errors import WrongBase
 from sterna.expert.expert import Expert
 from sterna.live.patch import attach, attached
 from sterna.progress import Progress, silent
@@ -210,8 +211,12 @@ def _dtypes(subject: Subject, bench: Bench, progress: Progress) -> tuple[DtypeRu
         torch.manual_seed(0)  # before a head is drawn
         model = load_model(bench.base, bench.task, bench.evaluation.tokenizer, bench.head or None, DTYPES[dtype])
         model = model.to(next(bench.model.parameters()).device)
-        with attached(model, subject.expert, allow_narrower=True) as patch:
-            outcome, swallowed = few.run_live(model, _renamed(progress, f"{subject.name}: {dtype}")), patch.swallowed
+        try:
+            with attached(model, subject.expert, allow_narrower=True) as patch:
+                outcome, swallowed = few.run_live(model, _renamed(progress, f"{subject.name}: {dtype}")), patch.swallowed
+        except WrongBase:  # its mask, or its bits, cannot be had of a narrower base
+            runs.append(DtypeRun(subject.name, dtype, None, None, 0.0))
+            continue
         runs.append(DtypeRun(subject.name, dtype, outcome.interval(), _estimate(outcome.against(reference)) if reference else None, swallowed))
         reference = reference or outcome
     return tuple(runs)

@@ -361,9 +361,12 @@ def _robust(report: Report) -> Section | None:
 
 
 def _dtype_group(runs: Sequence[DtypeRun], task: TaskReport) -> Group:
-    scale = linear([value for run in runs for value in (run.score.low, run.score.high)])
+    scale = linear([value for run in runs if run.score for value in (run.score.low, run.score.high)])
     rows = []
     for run in runs:
+        if run.score is None:
+            rows.append(Row(same(run.dtype), charts.row([], scale), "\u2013", t("robust.refused"), "expert"))
+            continue
         said = amounts.interval(run.score, task.metric)
         drawn = charts.row([charts.Mark("expert", run.score.value, _says(same(run.dtype), said), run.score.low, run.score.high)], scale)
         note = t("robust.swallowed", share=amounts.share(run.swallowed)) if run.swallowed else None

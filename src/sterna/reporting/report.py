@@ -154,12 +154,13 @@ class Memory:
 class DtypeRun:
     """The chosen expert on the base loaded in one dtype: its score, the difference to fp32 on the same rows.
 
-    `swallowed` is the share of updates that rounding took away, 0 to 1.
+    `swallowed` is the share of updates that rounding took away, 0 to 1. No score: the expert refuses such a base, as one of PaFi
+    refuses a narrower one.
     """
 
     task: str
     dtype: str
-    score: Estimate
+    score: Estimate | None
     to_fp32: Estimate | None
     swallowed: float
 

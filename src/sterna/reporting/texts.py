@@ -263,6 +263,7 @@ TEXTS = {
         "別の精度で読み込んだベースに装着した結果です。精度の低い型では、刻み幅より小さい更新が丸めで失われることがあります。",
     ),
     "robust.swallowed": Text("{share} of the updates swallowed", "更新の{share}が丸めで消失"),
+    "robust.refused": Text("refused by this expert", "このエキスパートは装着を拒否"),
     "robust.threads": Text("Attaching with more threads gives the same weights, to the bit.", "スレッド数を変えても、重みはビット単位で同じです。"),
     "robust.threads.not": Text("ATTACHING WITH MORE THREADS GAVE OTHER WEIGHTS.", "スレッド数を変えると、異なる重みになりました。"),
     "robust.thread": Text("attach, 1 thread", "装着、1スレッド"),
