@@ -231,7 +231,8 @@ def main() -> None:
                     continue
                 harness.note(f"{task}: {rule} at the bytes of {density:g}")
                 one = study()
-                rows[f"{rule} {density}"] = studied(one, rule, size_of(weighted(one, lambda name: 1.0)(density)))
+                with torch.autocast("cpu", torch.bfloat16):
+                    rows[f"{rule} {density}"] = studied(one, rule, size_of(weighted(one, lambda name: 1.0)(density)))
                 found["machine"] = machine()
                 with whole_file(RESULT) as file:
                     file.write((json.dumps(found, indent=1) + "\n").encode())
@@ -258,7 +259,8 @@ def tables() -> str:
     heads = [head for task in TASKS for head in (f"{task}, accuracy", "loss")]
     table = markdown(("bytes of ComPEFT at", "rule", *heads, "better"), rows)
     note = (
-        f"{TEST} test rows; in brackets the difference to global with its paired 95 % interval, in points; u chosen on {VALIDATION} validation rows."
+        f"{TEST} test rows; in brackets the difference to global with its paired 95 % interval, in points; u chosen on {VALIDATION} validation rows. "
+        "All ran under bfloat16 autocast."
     )
     made = (
         f"Made by `python benchmarks/allocation.py`; commit {found['machine']['commit']}, {found['machine']['date']}." if "machine" in found else ""
