@@ -90,6 +90,22 @@ def test_axes_hold_every_value_and_few_ticks(values: list[float], log: bool) -> 
     assert all(scale.low * (1 - 1e-9) - 1e-9 <= tick <= scale.high * (1 + 1e-9) + 1e-9 for tick in ticks) or len(ticks) == 1
 
 
+def test_axes_say_where_they_are() -> None:
+    """Every number below the first chart of scores stands where the chart's own points say that it does."""
+    report = reports.report("news")
+    task = report.tasks[0]
+    lifted = tuple(replace(one, score=Estimate(one.score.value + 18, one.score.low + 18, one.score.high + 18)) for one in task.candidates)
+    text = page.page(replace(report, tasks=(replace(task, candidates=lifted),)))
+    section = re.search(r'<section id="scores".*?</section>', text, re.DOTALL)
+    assert section
+    ticks = [(float(at), float(said)) for at, said in re.findall(r'<text x="([\d.]+)%" y="15"[^>]*>([\d.]+)</text>', section[0])]
+    points = [float(at) for at in re.findall(r'<svg x="([\d.]+)%" y="50%" overflow="visible"><path', section[0])]
+    (x0, v0), (x1, v1) = ticks[0], ticks[-1]
+    assert {value for _, value in ticks} >= {90.0, 95.0, 100.0}
+    values = [v0 + (at - x0) * (v1 - v0) / (x1 - x0) for at in points]
+    assert values == pytest.approx([89.0, 98.0, 97.7], abs=0.01)
+
+
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=20), st.booleans())
 def test_the_frontier_is_what_nothing_beats(points: list[tuple[int, int]], higher: bool) -> None:
     candidates = [Candidate("expert", "", size, Estimate(score, score, score)) for size, score in points]

@@ -176,7 +176,7 @@ def _scores(report: Report) -> Section:
         if not task.metric.higher_is_better:
             lower = t("scores.lower")
             under = Text(f"{under.en}; {lower.en}", f"{under.ja}、{lower.ja}")
-        axis = charts.axis(scale, lambda value: amounts.digits(value).rstrip("0").rstrip(".") if value else "0")
+        axis = charts.axis(scale, lambda value: f"{value:g}")
         groups.append(Group(tuple(rows), axis, same(task.name), under, facts=_compared(task)))
     return Section("scores", (t("scores.lead"),), tuple(groups), ("scores",))
 

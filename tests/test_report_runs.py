@@ -1,0 +1,71 @@
+"""Reports of run folders: what sterna train held out, and what sterna search tried."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sterna
+import trainable
+from sterna import commands
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    trainable.save_base("bert", folder / "base")
+    trainable.save_csv(folder / "train.csv", 160)
+    trainable.save_csv(folder / "select.csv", 60, seed=1)
+    return folder
+
+
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """The JSON that a command prints."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["sterna", *words, "--json"])
+    with pytest.raises(SystemExit) as left:
+        commands.main()
+    said = capsys.readouterr()
+    assert not left.value.code, said.err
+    return json.loads(said.out)
+
+
+def test_reports_of_a_training_and_of_a_search(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def sterna_(*words: str) -> Any:
+        return run(place, monkeypatch, capsys, *words)
+
+    columns = ("--text-column", "text", "--label-column", "label")
+    fields = ("--method", "full", "--learning-rate", "0.003", "--epochs", "2", "--validation", "0.1", "--test", "0.25", *columns)
+    trained = sterna_("train", "--model", "base", "--data", "train.csv", *fields, "-o", "news")
+    report = sterna_("report", "news.run", "--repeats", "3", "-o", "train.html")
+    (task,) = report["tasks"]
+    scores = {one["kind"]: one["score"]["value"] for one in task["candidates"] if one["kind"] in ("tuned", "expert")}
+    assert (task["name"], task["rows"]) == ("news", trained["rows"]["test"])
+    assert scores["tuned"] == pytest.approx(100 * trained["metrics"]["trained"]["test"]["accuracy"])  # on the rows that training held out
+    assert scores["expert"] == pytest.approx(100 * trained["metrics"]["expert"]["test"]["accuracy"])
+
+    words = ("--data", "select.csv", *columns, "--within", "5", "--meta", "task=small")
+    found = sterna_("search", "base", "news.run/trained", *words, "-o", "small.safetensors")
+    report = sterna_("report", "small.search", "--repeats", "3", "--no-controls", "-o", "search.html")
+    (task,) = report["tasks"]
+    assert (task["name"], task["rows"], task["trail_rows"]) == ("small", found["test"]["rows"], found["selection"]["rows"])
+    kept = ("density", "alpha", "bytes", "score")
+    tried = [(*(one[name] for name in kept[:3]), one["score"]["value"]) for one in task["trail"]]
+    assert tried == [tuple(one[name] for name in kept) for one in found["trials"]]
+    assert sum(one["chosen"] for one in task["trail"]) == 1
+    (expert,) = [one for one in task["candidates"] if one["kind"] == "expert"]
+    assert expert["score"]["value"] == found["test"]["expert"]["value"]
+    assert expert["bytes"] == (place / "small.safetensors").stat().st_size
+    assert sterna.load(place / "small.safetensors").facts.density == expert["density"]
+
+    shutil.move(place / "news.safetensors", place / "away.safetensors")
+    monkeypatch.setattr(sys, "argv", ["sterna", "report", "news.run"])
+    with pytest.raises(SystemExit) as left:
+        commands.main()
+    assert left.value.code == 2
+    assert "news.safetensors, the expert of news.run, is not there" in capsys.readouterr().err
