@@ -158,7 +158,8 @@ def read(file: bytes) -> tuple[dict[str, Any], dict[str, bytes], dict[str, list[
         if kind == 2:
             axis, flags = varint(table), varint(table)
             key = key_of(name, bool(flags & 2))
-            return "multiply", key, axis, text(table) if flags & 1 else None, ternary()
+            bias = text(table) if flags & 1 else None
+            return "multiply", key, axis, bias, exact(f"{name}.vector") if flags & 4 else ternary()
         if kind == 3:
             role, number = ("head", "buffer", "rows", "untied", "saved", "tuned")[varint(table)], varint(table)
             task = text(table) if role == "head" and number & 2 else ""

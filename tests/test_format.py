@@ -56,7 +56,7 @@ def plainly(change: Change) -> tuple[Any, ...]:
             exact = [bytes(exact_bytes(values)) for _, values in change.exact]
             return "lowrank", change.key, change.transposed, change.embedding, *exact
         case Multiply():
-            return "multiply", change.key, change.axis, change.bias, *coded
+            return "multiply", change.key, change.axis, change.bias, *(coded or [bytes(exact_bytes(values)) for _, values in change.exact])
         case Masked(rule=rule):
             exact = [bytes(exact_bytes(values)) for _, values in change.exact]
             return "masked", rule.order, rule.seed, list(rule.names), *coded, *exact
@@ -630,9 +630,11 @@ def specified_content_digest(raw: bytes) -> str:
                     out += struct.pack("<BB", transposed, embedding)
                     exact(f"{name}.A", A)
                     exact(f"{name}.B", B)
-                case "multiply", _, axis, bias, _:
+                case "multiply", _, axis, bias, vector:
                     out.append(axis)
                     string(bias or "")
+                    if not isinstance(vector, tuple):
+                        exact(f"{name}.vector", vector)
                 case "set", role, first_row, task, scales, value:
                     string(f"head:{task}" if task else role, spelling(f"{task}:{name}" if task else name))
                     shape(value)

@@ -77,7 +77,7 @@ def _write_peft(expert: Expert, folder: Path) -> None:
                 names = part_names(change.key, "embedding" if change.embedding else "lora")
                 tensors.update(zip(names, _factors(change), strict=True))
             case Multiply():
-                tensors[part_names(change.key, "ia3")[0]] = 1 + _dense(change.vector)
+                tensors[part_names(change.key, "ia3")[0]] = 1 + (_dense(change.vector) if isinstance(change.vector, Ternary) else change.vector)
             case Set(role="head" | "saved"):
                 of_base = change.name in expert.fingerprint.names
                 name = swap_prefix(plain(change.name), base_prefix, tuned_prefix) if of_base else change.name

@@ -185,7 +185,8 @@ def bitmasks(expert: Expert, names: Collection[str] | None = None) -> Bitmasks:
 def leveled(expert: Expert, names: Collection[str] | None = None) -> tuple[Leveled, ...]:
     """The changes (of those names) that are made of levels, in their order. Raises InvalidArgument for exact values of PaFi and HiWi."""
     picked = [change for change in expert.changes if names is None or change.name in names]
-    several = [c.name for c in picked if isinstance(c, Palette | LowRank) or (isinstance(c, Factors) and c.ranks is not None)]
+    merged = (c for c in picked if isinstance(c, Palette | LowRank | Factors | Multiply))
+    several = [c.name for c in merged if isinstance(c, Palette | LowRank) or c.exact]
     if several:
         raise InvalidArgument(f"the expert has several magnitudes in {several[0]}, which two masks cannot hold: merge it with recompress first")
     exact = [change.name for change in picked if needs_base(change) and not change.ternaries]

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sterna.expert.changes import Change, Factors, Folded, Lossless, LowRank, Masked, Set, streams
+from sterna.expert.changes import Change, Factors, Folded, Lossless, LowRank, Masked, Multiply, Set, streams
 from sterna.expert.expert import Expert
 from sterna.expert.facts import Facts
 from sterna.expert.palette import Palette
@@ -91,7 +91,7 @@ def inspect(expert: Expert | str | os.PathLike[str]) -> Summary:
     table = len(write_table(expert.fingerprint, expert.changes, expert.facts.scope == "tensor"))
     tensors = tuple(_tensor(change) for change in expert.changes)
     coded = sum(stream.size for change in expert.changes for stream in streams(change))
-    merged = sum(_bytes(change) for change in expert.changes if isinstance(change, Factors | LowRank))
+    merged = sum(_bytes(change) for change in expert.changes if isinstance(change, Factors | LowRank | Multiply))
     coded += merged
     exact = sum(_bytes(change) for change in expert.changes) - merged
     entries = expert.facts.parameters if expert.lossless is not None else sum(t.entries for t in tensors)
@@ -157,6 +157,8 @@ def _tensor(change: Change) -> TensorSummary:
         case LowRank(A=A, B=B):
             sides = (B.shape[0], math.prod(A.shape[1:]))
             return TensorSummary(change.name, f"lowrank ({A.shape[0]})", sides, A.numel() + B.numel(), A.numel() + B.numel(), _bytes(change))
+        case Multiply() if not change.ternaries:
+            return TensorSummary(change.name, "multiply", tuple(change.vector.shape), change.size, change.size, _bytes(change))
         case Masked() if not change.ternaries:
             return TensorSummary(change.name, _masked(change), (change.rule.count,), 0, 0, _bytes(change))
     parts = change.ternaries

@@ -445,20 +445,22 @@ def recovering() -> Draft:
 
 
 def adapters() -> Draft:
-    """Merged LoRA experts: stacked ternary factors with a scale for each rank, and exact factors."""
+    """Merged adapters: stacked ternary factors with a scale for each rank, exact factors, and an exact vector of (IA)3."""
     one = struct.pack("<f", 1.0)
     rows = [
         Row(FACTORS, 1, fields=varint(16) + text("m.a") + struct.pack("<d", 1.0), levels=[
             Levels(0, stream(14, {0: 1, 9: -1}), scale=one), Levels(1, stream(10, {3: -1, 7: 1}), scale=one),
         ]),
         Row(LOW_RANK, 2, fields=varint(1 | 4)),
+        Row(MULTIPLY, 3, fields=varint(1, 4) + text("m.c")),
     ]  # fmt: skip
     exact: list[Tensor] = [
         ("a.weight.ranks", "F32", [2], struct.pack("<2f", 0.5, -0.25)),
         ("b.weight.A", "F32", [1, 3], struct.pack("<3f", *range(3))),
         ("b.weight.B", "F32", [2, 1], struct.pack("<2f", 1.0, -2.0)),
+        ("c.weight.vector", "F32", [1, 3], struct.pack("<3f", 0.5, -0.25, 0.0)),
     ]
-    return Draft(merge_facts(source="lora"), ["a.weight", "b.weight"], [(2, 7), (5, 2)], rows, exact)
+    return Draft(merge_facts(source="lora"), ["a.weight", "b.weight", "c.weight"], [(2, 7), (5, 2)], rows, exact)
 
 
 def nothing() -> Draft:

@@ -211,7 +211,7 @@ Product = Factors | LowRank
 
 @dataclass(frozen=True, slots=True)
 class Multiply:
-    """base * (1 + scale * level) along one axis, for (IA)3.
+    """base * (1 + scale * level) along one axis, for (IA)3; a tensor (float32) in the place of levels holds the numbers that are added to 1.
 
     `vector` has the shape in which PEFT stores it; `axis` is the axis of the base tensor that the vector runs along. Outside feed-forward layers
     the module's bias is scaled with its weight: `bias` is then its name. `key` is the module path inside the adapter file.
@@ -219,17 +219,22 @@ class Multiply:
 
     name: str
     key: str
-    vector: Ternary
+    vector: Ternary | torch.Tensor
     axis: int
     bias: str | None = None
 
     @property
     def ternaries(self) -> tuple[Ternary, ...]:
-        return (self.vector,)
+        return (self.vector,) if isinstance(self.vector, Ternary) else ()
 
     @property
     def exact(self) -> Exact:
-        return ()
+        return () if isinstance(self.vector, Ternary) else ((f"{self.name}.vector", self.vector),)
+
+    @property
+    def size(self) -> int:
+        """Numbers of the vector."""
+        return math.prod(self.vector.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,8 @@ class Expert:
                 case Multiply():
                     sha.update(struct.pack("<B", change.axis))
                     _add_text(sha, change.bias or "")
+                    for _, vector in change.exact:
+                        _add_tensor(sha, vector)
                 case Set():
                     _add_text(sha, f"{change.role}:{change.task}" if change.task else change.role)
                     _add_text(sha, str(change.value.dtype).removeprefix("torch."))
@@ -266,8 +268,11 @@ def thin_matrices(change: Product) -> tuple[F64, F64]:
 
 
 def multiplier(change: Multiply, dimensions: int) -> torch.Tensor:
-    """1 + scale * level, float32, shaped to multiply a tensor of `dimensions` axes along the change's axis (a bias: along its only one)."""
-    vector = 1 + torch.from_numpy(change.vector.levels().astype(np.float32)).flatten() * change.vector.scale
+    """1 + scale * level, or 1 + a number: float32, shaped to multiply a tensor of `dimensions` axes along the change's axis (a bias: its only one)."""
+    if isinstance(change.vector, torch.Tensor):
+        vector = 1 + change.vector.flatten()
+    else:
+        vector = 1 + torch.from_numpy(change.vector.levels().astype(np.float32)).flatten() * change.vector.scale
     shape = [1] * dimensions
     shape[change.axis if dimensions > 1 else 0] = -1
     return vector.reshape(shape)
@@ -396,8 +401,8 @@ def refuse_shape(change: Change, tensors: Mapping[str, torch.Tensor] | None) -> 
             for name in (change.name, change.bias) if change.bias else (change.name,):
                 shape = tuple(_needed(tensors, name).shape)
                 axis = change.axis if len(shape) > 1 else 0
-                if axis >= len(shape) or shape[axis] != change.vector.size:
-                    raise WrongBase(f"the expert scales {name} by {change.vector.size} numbers along axis {axis}; the base has {shape}")
+                if axis >= len(shape) or shape[axis] != change.size:
+                    raise WrongBase(f"the expert scales {name} by {change.size} numbers along axis {axis}; the base has {shape}")
             return
         case Set():
             wanted = tuple(change.value.shape)

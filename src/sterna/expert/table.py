@@ -202,7 +202,7 @@ def _put_row(
             before.learn(change.name, change.key)
         case Multiply():
             known = change.key == before.key(change.name)
-            _put(out, change.axis, (change.bias is not None) | known << 1)
+            _put(out, change.axis, (change.bias is not None) | known << 1 | (not change.ternaries) << 2)
             if not known:
                 _put_text(out, change.key)
             before.learn(change.name, change.key)
@@ -380,6 +380,9 @@ def _change_fault(change: Change) -> str | None:
                 return f"has scales {ranks.dtype} {tuple(ranks.shape)} of its {change.A.shape[0]} ranks; expected as many finite float32 numbers"
             if abs(change.scaling) * change.A.scale * change.B.scale * float(ranks.double().abs().sum()) > _LARGEST_FLOAT32:
                 return "has scales of its ranks whose sum float32 cannot hold"
+        case Multiply(vector=torch.Tensor() as vector):
+            if vector.dtype != torch.float32 or not bool(torch.isfinite(vector).all()):
+                return f"has a vector of {vector.dtype}; expected finite numbers in float32"
         case LowRank(A=A, B=B):
             fits = A.dim() >= 2 and B.dim() >= 2 and A.shape[0] == B.shape[1] and math.prod(B.shape[2:]) == 1 and A.numel() and B.numel()
             if A.dtype != torch.float32 or B.dtype != torch.float32 or not fits or B.shape[0] * (A.numel() // A.shape[0]) > MAX_ENTRIES:
@@ -506,10 +509,13 @@ def _row(reader: _Reader, before: _Before, names: tuple[str, ...], streams: _Str
         return low
     if kind == _MULTIPLY:
         axis = reader.number(MAX_DIMENSIONS - 1, "axis")
-        flags = reader.number(3, "flags")
+        flags = reader.number(7, "flags")
         key = _key(reader, before, name, bool(flags & 2))
         bias = reader.name("bias") if flags & 1 else None
-        return Multiply(name, key, streams.ternary(reader), axis, bias)
+        scaled = Multiply(name, key, exact(f"{name}.vector") if flags & 4 else streams.ternary(reader), axis, bias)
+        if fault := _change_fault(scaled):
+            raise InvalidFile(f"the table's change of {name} {fault}")
+        return scaled
     if kind == _SET:
         return _set_row(reader, name, bool(number), exact)
     if not number:

@@ -411,7 +411,7 @@ def _shape_wanted(change: Change, name: str, slot: Slot) -> tuple[int, ...] | No
             return shape if agrees else flat
         case Multiply():
             along = shape[change.axis] if name == change.name and change.axis < len(shape) else shape[0] if shape else 0
-            return shape if along == change.vector.size else (change.vector.size,)
+            return shape if along == change.size else (change.size,)
         case Set(role="rows"):
             return (change.first_row, *change.value.shape[1:])
         case Set(role="buffer" | "tuned"):

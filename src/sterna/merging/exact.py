@@ -1,35 +1,45 @@
-"""Experts of PaFi, and of HiWi's biases: all have new values of the same entries, so merging them is arithmetic on the differences to the base.
+"""Experts of PaFi, of HiWi's biases and of (IA)3: all have numbers for the same entries; merging them is arithmetic on the differences to the base.
 
-A *slot* is what such experts share: the entries of one mask, or one tensor tuned as a whole.
+A *slot* is what such experts share: the entries of one mask, one tensor tuned as a whole, or the vector of (IA)3 that multiplies one (around 1).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from sterna.errors import InvalidArgument
-from sterna.expert.changes import Change, Masked, Set
+from sterna.expert.changes import Change, Masked, Multiply, Set
 from sterna.expert.expert import Expert
 from sterna.mask import choose, tensor_piece
 from sterna.merging.emitting import How, rounded
+from sterna.merging.products import saved_modules
 from sterna.merging.registry import F64, Kinds
 from sterna.merging.values import Share
 from sterna.numbers.selection import kept_entries
 from sterna.progress import Progress
-from sterna.sources.checkpoint import Source, open_checkpoint
+from sterna.sources.adapter import is_feedforward
+from sterna.sources.checkpoint import Checkpoint, Source, open_checkpoint
 from sterna.verification import require_checkpoint
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-Slot = Masked | Set
+Slot = Masked | Set | Multiply
 
 
 def slots_of(expert: Expert) -> dict[str, Slot]:
     """The slots of an expert, by the names of its changes."""
-    return {c.name: c for c in expert.changes if isinstance(c, Masked) or (isinstance(c, Set) and c.role == "tuned")}
+    return {c.name: c for c in expert.changes if isinstance(c, Masked | Multiply) or (isinstance(c, Set) and c.role == "tuned")}
+
+
+def entries_of(slot: Change) -> int:
+    """How many entries a slot has."""
+    if isinstance(slot, Masked):
+        return slot.rule.count
+    return slot.size if isinstance(slot, Multiply) else slot.value.numel() if isinstance(slot, Set) else 0
 
 
 def slot_fault(first: Slot, second: Slot) -> str | None:
@@ -42,13 +52,16 @@ def slot_fault(first: Slot, second: Slot) -> str | None:
         )
     if isinstance(first, Set) and isinstance(second, Set):
         return None if first.value.shape == second.value.shape else f"shapes differ: {tuple(first.value.shape)} and {tuple(second.value.shape)}"
-    return "one is under a mask and the other tuned as a whole"
+    if isinstance(first, Multiply) and isinstance(second, Multiply):
+        ours, theirs = ((tuple(each.vector.shape), each.axis, each.bias) for each in (first, second))
+        return None if ours == theirs else f"vectors differ in shape, axis or bias: {ours} and {theirs}"
+    return "one is under a mask, the other tuned as a whole or multiplied"
 
 
 def merge_slots(
     parents: Sequence[Mapping[str, Slot]],
     expert: Expert,
-    base: Source,
+    base: Source | None,
     weights: Mapping[str, F64],
     shares: Mapping[str, Sequence[Share]],
     how: How,
@@ -59,10 +72,13 @@ def merge_slots(
 
     Raises WrongBase where `base` is not theirs, to the bit; InvalidArgument for values that float32 cannot hold.
     """
-    opened = open_checkpoint(base)
-    own, _, _ = require_checkpoint(expert, opened, False, progress)
     found = {name: slot for parent in parents for name, slot in parent.items()}
-    olds = {name: _old(slot, {n: opened.read(own[n]) for n in _names(slot)}) for name, slot in sorted(found.items())}
+    opened: Checkpoint | None = None
+    own: dict[str, str] = {}
+    if needing := [name for name, slot in sorted(found.items()) if not isinstance(slot, Multiply)]:
+        opened = open_checkpoint(require_base_given(base, needing[0]))
+        own, _, _ = require_checkpoint(expert, opened, False, progress)
+    olds = {name: _old(slot, opened, own) for name, slot in sorted(found.items())}
     rows = {name: np.stack([_difference(parent.get(name), olds[name]) for parent in parents]) for name in olds}
     for number in range(len(parents)):
         _drop({name: values[number] for name, values in rows.items()}, {name: shares[name][number] for name in rows}, how, seed)
@@ -72,19 +88,31 @@ def merge_slots(
         gram = values @ values.T if how.method.statistics else np.zeros((len(values), len(values)))
         merged = how.method(Kinds(values, weights[name], gram, how.semantics), how.options)
         new = torch.from_numpy(rounded(name, olds[name] + merged))
-        if isinstance(slot, Masked):
+        if isinstance(slot, Multiply):
+            made.append(Multiply(name, slot.key, new.reshape(tuple(slot.vector.shape)), slot.axis, slot.bias))
+        elif isinstance(slot, Masked):
             made.append(Masked(slot.rule, new))
         else:
             made.append(Set(name, new.to(slot.value.dtype).reshape(slot.value.shape), "tuned"))
     return made
 
 
-def _names(slot: Slot) -> tuple[str, ...]:
-    return slot.rule.names if isinstance(slot, Masked) else (slot.name,)
+def vector_config(configs: Sequence[Mapping[str, Any]], slots: Sequence[Change]) -> dict[str, Any]:
+    """The adapter_config.json of merged vectors: the first parent's, with all parents' modules where these differ."""
+    config = dict(configs[0])
+    keys = sorted(slot.key for slot in slots if isinstance(slot, Multiply))
+    if any(other.get(field) != config.get(field) for other in configs for field in ("target_modules", "feedforward_modules", "exclude_modules")):
+        config |= {"target_modules": keys, "feedforward_modules": [key for key in keys if any(is_feedforward(each, key) for each in configs)]}
+        config.pop("exclude_modules", None)
+    return config | saved_modules(configs)
 
 
-def _old(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> F64:
-    """The base's values in a slot, float64."""
+def _old(slot: Slot, base: Checkpoint | None, own: Mapping[str, str]) -> F64:
+    """The base's values in a slot, float64; of (IA)3 what is above 1, which is 0."""
+    if isinstance(slot, Multiply):
+        return np.zeros(slot.size)
+    assert base is not None
+    tensors = {name: base.read(own[name]) for name in (slot.rule.names if isinstance(slot, Masked) else (slot.name,))}
     if isinstance(slot, Set):
         return tensors[slot.name].detach().double().reshape(-1).numpy()
     positions = choose(slot.rule, [tensor_piece(name, tensors[name]) for name in slot.rule.names])
@@ -95,11 +123,11 @@ def _old(slot: Slot, tensors: Mapping[str, torch.Tensor]) -> F64:
 def _difference(slot: Slot | None, old: F64) -> F64:
     if slot is None:
         return np.zeros_like(old)
-    if isinstance(slot, Set):
-        return slot.value.double().reshape(-1).numpy() - old
-    if isinstance(slot.values, torch.Tensor):
-        return slot.values.double().numpy() - old
-    return slot.values.levels().astype(np.float64) * slot.values.scale
+    held = slot.value if isinstance(slot, Set) else slot.vector if isinstance(slot, Multiply) else slot.values
+    if isinstance(held, torch.Tensor):
+        return held.double().reshape(-1).numpy() - old
+    levels: F64 = held.levels().reshape(-1).astype(np.float64) * held.scale
+    return levels
 
 
 def _drop(values: Mapping[str, F64], shares: Mapping[str, Share], how: How, seed: int) -> None:

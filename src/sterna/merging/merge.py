@@ -13,12 +13,12 @@ import numpy as np
 
 from sterna import __version__
 from sterna.errors import InvalidArgument, SternaError
-from sterna.expert.changes import Add, Change, Factors, LowRank, Masked, Product, Set, touched
+from sterna.expert.changes import Add, Change, Factors, LowRank, Masked, Multiply, Product, Set, touched
 from sterna.expert.expert import Expert, exact_bytes
 from sterna.expert.facts import Facts
 from sterna.expert.palette import MOST_TASKS, Palette
 from sterna.merging.emitting import How, Task, merged
-from sterna.merging.exact import Slot, merge_slots, require_base_given, slot_fault, slots_of
+from sterna.merging.exact import Slot, entries_of, merge_slots, slot_fault, slots_of, vector_config
 from sterna.merging.lora import form_of, loss_record, merge_products, product_entries_of
 from sterna.merging.parents import Leveled, Part, dropped, part_of, threshold, trimmed
 from sterna.merging.products import Products, adapter_config, product_fault
@@ -114,13 +114,15 @@ def run(recipe: Recipe, warn: Callable[[str], None] = lambda message: None, prog
     slots = _merged_slots(recipe, parents, how, base, progress)
     products, losses = merge_products(recipe, _products(parents), how, progress)
     total += product_entries_of(products)
-    total += sum(slot.rule.count if isinstance(slot, Masked) else slot.value.numel() for slot in slots if isinstance(slot, Masked | Set))
+    total += sum(entries_of(slot) for slot in slots)
     if recipe.recompress is not None:
         made = recompressed(made, recipe.recompress["density"], recipe.recompress["alpha"], progress)
     changes = sorted(
         [*made, *slots, *products, *exact], key=lambda change: (change.name, isinstance(change, Set), change.task if isinstance(change, Set) else "")
     )
     facts = _facts(recipe, parents, heads, total)
+    if slots and facts.source == "ia3":
+        facts = replace(facts, adapter=vector_config([parent.expert.facts.adapter for parent in parents], slots))
     if products:
         facts = _facts_of_products(facts, recipe, parents, products, loss_record(losses))
     return Expert(facts, parents[0].expert.fingerprint, tuple(changes))
@@ -142,12 +144,12 @@ def _opened(model: Model, faults: Faults, warn: Callable[[str], None], progress:
         faults.add(model.place, f"{told}: another expert")
     held = expert.facts.metadata.get("task")
     task = model.task or (held if isinstance(held, str) and held else None) or Path(model.name).stem
-    other = [change for change in expert.changes if not isinstance(change, Add | Palette | Masked | Set | Product)]
+    other = [change for change in expert.changes if not isinstance(change, Add | Palette | Masked | Multiply | Set | Product)]
     tuned = [change for change in expert.changes if isinstance(change, Set) and change.role == "rows"]
     if other or tuned:
         kind = type((other or tuned)[0]).__name__.lower() if other else f"set ({tuned[0].role})"
         told = f"{task} changes {(other or tuned)[0].name} by {kind}, which cannot be merged yet"
-        faults.add(model.place, f"{told}; expected experts of full fine-tunes, LoRA, PaFi or HiWi's biases")
+        faults.add(model.place, f"{told}; expected experts of full fine-tunes, LoRA, (IA)3, PaFi or HiWi's biases")
     leveled = {change.name: change for change in expert.changes if isinstance(change, Add | Palette)}
     if any(isinstance(change, Palette) and change.tasks for change in expert.changes):
         names = ", ".join(expert.facts.heads)
@@ -189,6 +191,7 @@ def _compare(recipe: Recipe, parents: Sequence[Opened], faults: Faults) -> None:
                 faults.add(parent.model.place, f"{name}: {fault}, in {task} and {parent.task}")
     masks = {name for name, (slot, _) in slots.items() if isinstance(slot, Masked)}
     under = {name for mask in masks for name in touched(slots[mask][0])}
+    under |= {slot.bias for slot, _ in slots.values() if isinstance(slot, Multiply) and slot.bias is not None}
     for parent in parents:
         if mixed := sorted(set(parent.changes) & (under | set(slots))) + sorted(set(parent.slots) & under - masks):
             faults.add(parent.model.place, f"{mixed[0]} is changed by levels or as a whole in {parent.task}, as new values in another parent")
@@ -289,8 +292,7 @@ def _merged_slots(recipe: Recipe, parents: Sequence[Opened], how: How, base: Sou
     layers = layers_of(parents[0].expert.fingerprint.names)
     weights = {name: np.array([parent.model.weight.at(name, layers) for parent in parents]) for name in names}
     shares = {name: _shares(parents, name, layers) for name in names}
-    given = require_base_given(base, names[0])
-    return merge_slots([parent.slots for parent in parents], parents[0].expert, given, weights, shares, how, recipe.seed, progress)
+    return merge_slots([parent.slots for parent in parents], parents[0].expert, base, weights, shares, how, recipe.seed, progress)
 
 
 def _all_tie(changes: Any) -> bool:

@@ -6,7 +6,7 @@ A method that is linear (`MergeMethod.linear`) gives each parent one coefficient
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -272,7 +272,7 @@ def _factor_piece(name: str, tensor: torch.Tensor) -> Piece:
     return Piece(name, tuple(tensor.shape), read)
 
 
-def adapter_config(configs: Sequence[dict[str, Any]], changes: Sequence[Product]) -> dict[str, Any]:
+def adapter_config(configs: Sequence[Mapping[str, Any]], changes: Sequence[Product]) -> dict[str, Any]:
     """The adapter_config.json of merged products: the first parent's, with the ranks that they have now, and a scaling of 1."""
     config = {key: value for key, value in configs[0].items() if key not in ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform")}
     ranks = {change.key: int(change.A.shape[0]) for change in changes}
@@ -282,5 +282,10 @@ def adapter_config(configs: Sequence[dict[str, Any]], changes: Sequence[Product]
     if any(other.get(field) != config.get(field) for other in configs for field in ("target_modules", "layers_to_transform", "exclude_modules")):
         config["target_modules"] = sorted(ranks)
         config.pop("exclude_modules", None)
+    return config | saved_modules(configs)
+
+
+def saved_modules(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The modules that any of the parents saved whole, as a field of adapter_config.json."""
     saved = sorted({name for other in configs for name in other.get("modules_to_save") or ()})
-    return config | ({"modules_to_save": saved} if saved else {})
+    return {"modules_to_save": saved} if saved else {}
