@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sterna.commands.evaluate import show
 from sterna.commands.fields import parse_metadata
-from sterna.commands.shared import Json, print_json, progress_bar, size, warn
+from sterna.commands.shared import Json, by_task, print_json, progress_bar, size, warn
 from sterna.errors import InvalidArgument
+from sterna.progress import Progress
+
+if TYPE_CHECKING:
+    from sterna.expert.expert import Expert
+    from sterna.scoring.evaluated import Evaluated
 
 RECIPES = (".yaml", ".yml")
 
@@ -42,7 +49,12 @@ def merge(
         str | None, typer.Option(metavar="DENSITY[,ALPHA]", help="Make the result ternary again by ComPEFT; alpha is 4 where it is not given.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="The base, for experts of PaFi and HiWi, which hold new values.", show_default=False)
+        str | None,
+        typer.Option(metavar="BASE", help="The base: for experts of PaFi and HiWi, which hold new values, and for --data.", show_default=False),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE | TASK=FILE", help="Rows to score on, before and after --recompress; may be given again.", show_default=False),
     ] = None,
     replay: Annotated[
         Path | None,
@@ -70,6 +82,8 @@ def merge(
         raise InvalidArgument("--output is missing; expected the expert file to write (-o EXPERT)")
     if (replay is not None or recipes) and given:
         raise InvalidArgument(f"{', '.join(given)} cannot be given beside {'--replay' if replay else 'a recipe'}, which says everything")
+    if data and (recompress is None or base is None):
+        raise InvalidArgument("--data shows what --recompress loses over --base; to score any merged expert: sterna evaluate BASE EXPERT --data ...")
     with progress_bar() as progress:
         if replay is not None:
             expert = again(replay, paths, base=base, warn=warn, progress=progress)
@@ -84,18 +98,39 @@ def merge(
             options["tasks"] = tasks.split(",") if tasks is not None else None
             options["semantics"] = semantics.value if semantics is not None else None
             options["recompress"] = dict(zip(("density", "alpha"), _numbers(recompress, "--recompress"), strict=False)) if recompress else False
-            expert = run(paths, method, **options, parameters=parse_metadata(parameter or [], "--parameter"), base=base, warn=warn, progress=progress)
+            options["parameters"] = parse_metadata(parameter or [], "--parameter")
+            expert = run(paths, method, **options, base=base, warn=warn, progress=progress)
+            if data:
+                whole = run(paths, method, **{**options, "recompress": False}, base=base, progress=progress)
+                scored = _scored(str(base), whole, expert, data, progress)
     expert.save(output)
-    _report(output, as_json)
+    if data and not as_json:
+        show(scored)
+    _report(output, as_json, scored.to_dict() if data else None)
 
 
-def _report(output: Path, as_json: bool) -> None:
+def _scored(base: str, whole: Expert, expert: Expert, data: list[str], progress: Progress) -> Evaluated:
+    """The scores of a merged expert, and of the same made ternary, on the same rows."""
+    from sterna.needs import needed
+
+    for package in ("pydantic", "transformers", "sklearn", "scipy"):
+        needed(package, "sterna[train]")
+    from sterna.scoring.evaluate import evaluate
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{name}.safetensors" for name in ("merged", "recompressed")]
+        for made, file in zip((whole, expert), files, strict=True):
+            made.save(file)
+        return evaluate(base, files, data=by_task(data, "--data"), warn=warn, progress=progress)
+
+
+def _report(output: Path, as_json: bool, scores: dict[str, Any] | None) -> None:
     from sterna.expert.file import load
     from sterna.summary import inspect
 
     summary = inspect(load(output))
     if as_json:
-        print_json({"file": str(output), **summary.to_dict()})
+        print_json({"file": str(output), **summary.to_dict(), **({"scores": scores} if scores else {})})
         return
     how = summary.facts.merge["merge_method"]
     names = ", ".join(str(model["task"]) for model in summary.facts.merge["models"])
