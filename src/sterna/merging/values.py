@@ -10,7 +10,6 @@ import math
 import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -34,6 +33,8 @@ _STEP = 1 << 16
 """Entries that are merged at a time."""
 _COLUMNS = 1 << 13
 """Columns that a method gets at a time."""
+_HELD = 64 << 20
+"""Bytes of the parents' values of one tensor that are held at most."""
 _SMALL = 1e-7
 """mergekit rescales no tensor whose norm is below."""
 
@@ -158,7 +159,7 @@ def merged_values(values: Values, how: How, least: Sequence[int], seed: int) -> 
     for number, source in enumerate(values.sources):
         read = source() if source is not None else None
         if read is not None and (how.by_norm or (how.method.drop in ("magnitude", "outliers") and how.semantics != "paper")):
-            read = _once(read, values.size)
+            read = _held(read, values.size, len(values.sources))
         if read is not None and how.by_norm:
             before[number] = sum(float(np.abs(part).sum()) for _, part in ordered(lambda step, read=read: read(*step), steps_of(values.size)))  # type: ignore[misc]
         reads.append(_kept(read, values.size, how, values.shares[number], least[number], seed, values.name) if read is not None else None)
@@ -183,11 +184,11 @@ def merged_values(values: Values, how: How, least: Sequence[int], seed: int) -> 
     yield from ordered(merge, steps_of(values.size))
 
 
-def _once(read: Read, size: int) -> Read:
-    """The same values from a temporary file, for those that are read several times."""
-    with closing(Spool()) as spool:
-        spool.add_wide(part for _, part in ordered(lambda step: read(*step), steps_of(size)))
-        whole = spool.wide()
+def _held(read: Read, size: int, parents: int) -> Read:
+    """The same values from memory, for those that are read several times; where all parents' together would take too much, read anew each time."""
+    if 8 * size * parents > _HELD:
+        return read
+    whole = np.concatenate([np.empty(0), *(part for _, part in ordered(lambda step: read(*step), steps_of(size)))])
     return lambda start, stop: whole[start:stop].copy()
 
 
@@ -222,19 +223,6 @@ class Spool:
                 raise no_room(error) from error
             self._entries += stop - start
 
-    def add_wide(self, parts: Iterator[F64]) -> None:
-        """Values as they are, for `wide`; nothing else is added beside them."""
-        for part in parts:
-            try:
-                self._file.write(part.data)
-            except OSError as error:
-                raise no_room(error) from error
-            self._entries += part.size
-
-    def wide(self) -> F64:
-        """What `add_wide` took."""
-        return np.frombuffer(self._map(), np.float64) if self._entries else np.empty(0)
-
     def pieces(self) -> list[Piece]:
         """What was added, as views into the file."""
         whole = self.view()
@@ -254,14 +242,13 @@ class Spool:
 
     def view(self) -> F32:
         """All values one after another."""
-        return np.frombuffer(self._map(), np.float32) if self._entries else np.empty(0, np.float32)
-
-    def _map(self) -> mmap.mmap:
         try:
             self._file.flush()
         except OSError as error:
             raise no_room(error) from error
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if not self._entries:
+            return np.empty(0, np.float32)
+        return np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY), np.float32)
 
     def close(self) -> None:
         self._file.close()
