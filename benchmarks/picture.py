@@ -1,4 +1,4 @@
-"""A picture of the top of a report, as the README shows it: by headless Chromium, in 64 colours.
+"""A picture of the top of a report, as the README shows it: by headless Chromium, in 256 colours.
 
     python benchmarks/picture.py docs/report.png                      of the page that `sterna demo` wrote
     python benchmarks/picture.py docs/report.png run/report.html      of another one
@@ -31,7 +31,7 @@ def picture(target: Path, page: Path) -> None:
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile"]
         command += [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}", page.resolve().as_uri()]
         subprocess.run(command, check=True, capture_output=True)
-        Image.open(shot).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+        Image.open(shot).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
     print(f"{target}: {target.stat().st_size:,} bytes")
 
 
