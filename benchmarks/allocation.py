@@ -231,7 +231,7 @@ def main() -> None:
                     continue
                 harness.note(f"{task}: {rule} at the bytes of {density:g}")
                 one = study()
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # cached weights would be those of an earlier scale
                     rows[f"{rule} {density}"] = studied(one, rule, size_of(weighted(one, lambda name: 1.0)(density)))
                 found["machine"] = machine()
                 with whole_file(RESULT) as file:
