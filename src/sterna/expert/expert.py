@@ -268,7 +268,7 @@ def thin_matrices(change: Product) -> tuple[F64, F64]:
 
 
 def multiplier(change: Multiply, dimensions: int) -> torch.Tensor:
-    """1 + scale * level, or 1 + a number: float32, shaped to multiply a tensor of `dimensions` axes along the change's axis (a bias: its only one)."""
+    """1 + scale * level, or 1 + a number: float32, shaped to multiply a tensor of `dimensions` axes along the change's axis (a bias's only one)."""
     if isinstance(change.vector, torch.Tensor):
         vector = 1 + change.vector.flatten()
     else:

@@ -113,7 +113,9 @@ def refuse_tasks(change: Palette) -> None:
 def for_task(changes: Sequence[Add | Palette], task: int) -> list[Add | Palette]:
     """What palettes with masks are for the task of that number: the non-zeros in its mask, worth magnitude * scale, rounded once to float32.
 
-    Levels without masks (of tensors where no parent changed anything) stay as they are. All streams lie in one buffer. Raises InvalidFile where a stream is damaged.
+    Levels without masks (of tensors where no parent changed anything) stay as they are. All streams lie in one buffer.
+
+    Raises InvalidFile where a stream is damaged.
     """
     from sterna.codings import PADDING, default_coding
     from sterna.expert.changes import Add, Ternary
