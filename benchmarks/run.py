@@ -42,6 +42,7 @@ NAMES = (
     "bitmasks",
     "merging",
     "compose",
+    "optimizers",
     "command_line",
 )
 LONG = ("causal_lm_training", "lorahub_causal_lm")
