@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sterna.commands.fields import parse_metadata
+from sterna.commands.rows import Dtype, LabelColumn, MaxLength, PairColumn, TargetColumn, TaskOption, TextColumn, check_task, need_scoring
 from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, size
 from sterna.errors import InvalidArgument
 
@@ -21,28 +22,23 @@ def compose(
     data: Annotated[str | None, typer.Option(metavar="FILE", help="A few labelled rows of the new task: .csv, .tsv, .jsonl, .txt.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="EXPERT", help="The expert file to write.", show_default=False)] = None,
     test: Annotated[str | None, typer.Option(metavar="FILE", help="Rows that the result is scored on; the search never sees them.")] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="TASK", help="classification, regression, causal-lm or seq2seq.", show_default="by the experts or the data")
-    ] = None,
+    task: TaskOption = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="What the test rows are scored by.", show_default="by the task")] = None,
-    text_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the text.", show_default="by usual names")] = None,
-    pair_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of a second text.", show_default="by usual names")] = None,
-    label_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the label.", show_default="by usual names")] = None,
-    target_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the target text.", show_default="by usual names")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128 or 256")] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    target_column: TargetColumn = None,
+    max_length: MaxLength = None,
     budget: Annotated[int, typer.Option(help="Trials of the search at most; each expert alone is tried beside.")] = 40,
     l1: Annotated[float, typer.Option("--l1", help="What the mean magnitude of weights costs.")] = 0.05,
     bound: Annotated[float, typer.Option(help="The largest magnitude of a weight.")] = 1.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the order in which experts are first tried, and of a new head.")] = 0,
-    dtype: Annotated[str, typer.Option(help="What the base is loaded in: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Dtype = "fp32",
     meta: Annotated[list[str] | None, typer.Option("--meta", metavar="KEY=VALUE", help="Metadata of the result.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find weights of experts for a new task from a few examples (LoraHub), and write their weighted sum as an expert."""
-    from sterna.needs import needed
-
-    for package in ("scipy", "transformers", "pydantic", "sklearn"):
-        needed(package, "sterna[train]")
+    need_scoring()
     from sterna.composing.examples import compose_examples
     from sterna.training.errors import Interrupted
 
@@ -51,8 +47,7 @@ def compose(
     for option, value in (("--base", base), ("--data", data), ("--output", output)):
         if value is None:
             raise InvalidArgument(f"{option} is missing: sterna compose EXPERT ... --base BASE --data FILE -o EXPERT")
-    if task not in (None, "classification", "regression", "causal-lm", "seq2seq"):
-        raise InvalidArgument(f"--task is {task!r}; expected classification, regression, causal-lm or seq2seq")
+    check_task(task)
     assert base is not None
     assert data is not None
     assert output is not None

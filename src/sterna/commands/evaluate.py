@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sterna.commands.rows import BatchSize, Dtype, LabelColumn, MaxLength, PairColumn, TargetColumn, TaskOption, TextColumn, check_task, need_scoring
 from sterna.commands.shared import Json, by_task, print_json, progress_bar, refuse_unwritable, warn
 from sterna.errors import InvalidArgument
 
@@ -28,48 +29,35 @@ def evaluate(
     data: Annotated[list[str] | None, typer.Option(metavar="FILE | TASK=FILE", help=DATA_HELP, show_default=False)] = None,
     tuned: Annotated[list[str] | None, typer.Option(metavar="DIR", help=TUNED_HELP, show_default=False)] = None,
     metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help=METRIC_HELP, show_default="by the task")] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="TASK", help="classification, regression, causal-lm or seq2seq.", show_default="by the experts or the data")
-    ] = None,
+    task: TaskOption = None,
     head: Annotated[
         str | None, typer.Option("--head-task", "--head", metavar="NAME", help="Which head of a merged expert is used.", show_default=False)
     ] = None,
     controls: Annotated[bool, typer.Option("--controls", help=CONTROLS_HELP)] = False,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", "--text", metavar="NAME", help="The column of the text.", show_default="by usual names")
-    ] = None,
-    pair_column: Annotated[
-        str | None, typer.Option("--pair-column", "--pair", metavar="NAME", help="The column of a second text.", show_default="by usual names")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option("--label-column", "--label", metavar="NAME", help="The column of the label.", show_default="by usual names")
-    ] = None,
-    target_column: Annotated[
-        str | None, typer.Option("--target-column", "--target", metavar="NAME", help="The column of the target text.", show_default="by usual names")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128 or 256")] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    target_column: TargetColumn = None,
+    max_length: MaxLength = None,
     target_max_length: Annotated[int, typer.Option(min=2, help="Tokens of a generated text at most.")] = 64,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows to use, each label in proportion.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are run at once.")] = 64,
+    batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,
-    dtype: Annotated[str, typer.Option(help="What the base is loaded in: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Dtype = "fp32",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result as JSON too.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Score the base, the tuned model and experts on the same rows, with 95 % intervals and paired differences."""
-    from sterna.needs import needed
     from sterna.training.errors import Interrupted
     from sterna.writing import whole_file
 
     if not data:
         raise InvalidArgument("--data is missing; expected rows with labels (--data test.csv)")
-    if task not in (None, "classification", "regression", "causal-lm", "seq2seq"):
-        raise InvalidArgument(f"--task is {task!r}; expected classification, regression, causal-lm or seq2seq")
+    check_task(task)
     if output is not None:
         refuse_unwritable(output)
     try:
-        for package in ("pydantic", "transformers", "sklearn", "scipy"):
-            needed(package, "sterna[train]")
+        need_scoring()
         from sterna.scoring.evaluate import evaluate as run
 
         with progress_bar() as progress:

@@ -11,6 +11,7 @@ import typer
 
 from sterna.commands.evaluate import show
 from sterna.commands.fields import parse_metadata
+from sterna.commands.rows import need_scoring
 from sterna.commands.shared import Json, by_task, print_json, progress_bar, size, warn
 from sterna.errors import InvalidArgument
 from sterna.progress import Progress
@@ -111,10 +112,7 @@ def merge(
 
 def _scored(base: str, whole: Expert, expert: Expert, data: list[str], progress: Progress) -> Evaluated:
     """The scores of a merged expert, and of the same made ternary, on the same rows."""
-    from sterna.needs import needed
-
-    for package in ("pydantic", "transformers", "sklearn", "scipy"):
-        needed(package, "sterna[train]")
+    need_scoring()
     from sterna.scoring.evaluate import evaluate
 
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sterna.commands.rows import need_scoring
 from sterna.commands.shared import Json, print_json, progress_bar, warn
 
 
@@ -17,11 +18,7 @@ def pilot(
     as_json: Json = False,
 ) -> None:
     """Run a pilot in steps: one small task first, compression raised behind your gates, then all experts side by side, then the report."""
-    from sterna.needs import needed, quiet
-
-    with quiet():  # what they import in turn may have much to say
-        for package in ("pydantic", "yaml", "transformers", "peft", "sklearn", "scipy"):
-            needed(package, "sterna[train]")
+    need_scoring("yaml", "peft")
     from sterna.pilot.run import pilot as run
     from sterna.reporting.verdict import verdict
     from sterna.training.config import read_yaml

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sterna.commands.rows import LabelColumn, MaxLength, PairColumn, TargetColumn, TextColumn, need_scoring
 from sterna.commands.shared import Json, by_task, print_json, progress_bar, refuse_unwritable, warn
 from sterna.errors import InvalidArgument
 
@@ -24,9 +25,11 @@ def report(
     tuned: Annotated[list[str] | None, typer.Option(metavar="DIR | TASK=DIR", help=TUNED_HELP, show_default="the run's")] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="A metric, or package.module:function.", show_default="by the task")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Test rows to use, each label in proportion.", show_default="all")] = None,
-    text_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the text.", show_default="by usual names")] = None,
-    label_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the label.", show_default="by usual names")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128 or 256")] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    target_column: TargetColumn = None,
+    max_length: MaxLength = None,
     controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Other ways to store the tuned model beside the experts.")] = True,
     repeats: Annotated[int, typer.Option(min=3, help="How often each time is taken.")] = 15,
     lang: Annotated[str, typer.Option("--lang", metavar="en|ja", help="The language that the page opens in; it holds both.")] = "en",
@@ -34,11 +37,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Measure experts and write one self-contained HTML file: scores, storage, transfer, swaps, latency, memory, and the numbers behind them."""
-    from sterna.needs import needed, quiet
-
-    with quiet():  # what they import in turn may have much to say
-        for package in ("pydantic", "transformers", "peft", "sklearn", "scipy"):
-            needed(package, "sterna[train]")
+    need_scoring("peft")
     from sterna.reporting.measure import measure
     from sterna.reporting.page import checked_language, write_page
     from sterna.reporting.subjects import subjects_of
@@ -46,7 +45,8 @@ def report(
 
     checked_language(lang)
     refuse_unwritable(output)
-    options: dict[str, Any] = {"metric": metric, "rows": rows, "text": text_column, "label": label_column, "max_length": max_length, "warn": warn}
+    columns = {"text": text_column, "text_pair": pair_column, "label": label_column, "target": target_column}
+    options: dict[str, Any] = {"metric": metric, "rows": rows, "max_length": max_length, "warn": warn, **columns}
     rows_of, tuned_of = by_task(data, "--data") if data else None, by_task(tuned, "--tuned") if tuned else None
     found = None
     if any(path.is_dir() for path in what):

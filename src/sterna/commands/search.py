@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sterna.commands.compress import CODING_HELP, TUNED_HELP, CodingName
+from sterna.commands.rows import BatchSize, Dtype, LabelColumn, MaxLength, PairColumn, TargetColumn, TaskOption, TextColumn, check_task, need_scoring
 from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, refuse_unwritable, size, warn
 from sterna.errors import InvalidArgument, SternaError
 
@@ -40,27 +41,17 @@ def search(
     within: Annotated[float | None, typer.Option(help=WITHIN_HELP, show_default=False)] = None,
     max_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help=BYTES_HELP, show_default=False)] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help=METRIC_HELP, show_default="by the task")] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="TASK", help="classification, regression, causal-lm or seq2seq.", show_default="by the tuned model")
-    ] = None,
+    task: TaskOption = None,
     evaluations: Annotated[int, typer.Option(min=1, help="Settings that are scored at most.")] = 24,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", "--text", metavar="NAME", help="The column of the text.", show_default="by usual names")
-    ] = None,
-    pair_column: Annotated[
-        str | None, typer.Option("--pair-column", "--pair", metavar="NAME", help="The column of a second text.", show_default="by usual names")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option("--label-column", "--label", metavar="NAME", help="The column of the label.", show_default="by usual names")
-    ] = None,
-    target_column: Annotated[
-        str | None, typer.Option("--target-column", "--target", metavar="NAME", help="The column of the target text.", show_default="by usual names")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128 or 256")] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    target_column: TargetColumn = None,
+    max_length: MaxLength = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of --data to use, each label in proportion.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are run at once.")] = 64,
+    batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is put aside for the test.")] = 0,
-    dtype: Annotated[str, typer.Option(help="What the base is loaded in: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Dtype = "fp32",
     coding: Annotated[CodingName, typer.Option(help=CODING_HELP)] = CodingName.FAST,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors that stay at the base. May be given again.")] = None,
     metadata: Annotated[
@@ -71,11 +62,9 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Choose density, scale and the rest by validation score, and write the expert. The same command goes on where it was interrupted."""
-    from sterna.needs import needed
-
+    check_task(task)
     if data:
-        for package in ("pydantic", "transformers", "sklearn", "scipy"):
-            needed(package, "sterna[train]")
+        need_scoring()
     from sterna.commands.fields import parse_metadata
     from sterna.searching.search import search as run
     from sterna.training.errors import Interrupted
