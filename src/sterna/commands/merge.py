@@ -133,13 +133,13 @@ def _report(output: Path, as_json: bool, scores: dict[str, Any] | None) -> None:
     how = summary.facts.merge["merge_method"]
     names = ", ".join(str(model["task"]) for model in summary.facts.merge["models"])
     heads = f"; heads of {', '.join(summary.facts.heads)}" if summary.facts.heads else ""
-    share = summary.nonzeros / max(summary.parameters, 1)
+    coded = f"; {summary.nonzeros:,} of {summary.parameters:,} entries ({summary.nonzeros / max(summary.parameters, 1):.3f}), "
+    coded += f"{summary.bits_per_parameter:.2f} bits a parameter"
+    if not summary.parameters:  # new values alone, as of PaFi
+        coded = f"; {summary.mask.count:,} new values" if summary.mask else ""
     lost = summary.facts.merge.get("loss")
     loss = f"; {lost['relative']:.2%} lost (most of {lost['largest']['tensor']}: {lost['largest']['relative']:.2%})" if lost else ""
-    print(
-        f"{output}: {size(summary.bytes)}; {how} of {names}; {summary.nonzeros:,} of {summary.parameters:,} entries ({share:.3f}), "
-        f"{summary.bits_per_parameter:.2f} bits a parameter{loss}{heads}; content digest {summary.content_digest}"
-    )
+    print(f"{output}: {size(summary.bytes)}; {how} of {names}{coded}{loss}{heads}; content digest {summary.content_digest}")
 
 
 def _numbers(text: str, option: str) -> list[float]:
