@@ -230,12 +230,12 @@ def formula(work: Work, sizes: Sequence[int]) -> list[dict[str, Any]]:
 
     from sterna.searching.allocation import closed_form_alpha
     from sterna.searching.search import families_of
-    from sterna.searching.strategy import Explorer
+    from sterna.searching.strategy import density_for
 
     rows = []
     for size in sizes:
         family = families_of(work.maker)[0]
-        density = Explorer(work.problem, 0).density_for(family, size)
+        density = density_for(work.problem.bytes, family, size)
         if density is not None:
             plain = family.at(density, 0.0)
             rows.append(work.row(replace(plain, alpha=float(f"{closed_form_alpha(plain.density):.3g}"))))

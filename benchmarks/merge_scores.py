@@ -29,6 +29,7 @@ from machine import machine
 from rendering import markdown
 from sterna.expert.changes import Set
 from sterna.expert.expert import Expert
+from sterna.scoring.scales import climb
 from sterna.training.config import Data
 from sterna.training.data import load_data
 from sterna.training.errors import Faults
@@ -281,19 +282,14 @@ def single(live: Live, training: str, side: str, split: str) -> dict[str, float]
 
 
 def climbed(start: float, score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The best lambda of the grid, walking uphill from `start`."""
-    place = LAMBDAS.index(start)
-    seen = {start: score(start)}
-    for direction in (1, -1):
-        while 0 <= place + direction < len(LAMBDAS):
-            there = LAMBDAS[place + direction]
-            seen.setdefault(there, score(there))
-            if seen[there] <= seen[LAMBDAS[place]]:
-                break
-            place += direction
-        if LAMBDAS[place] != start:
-            break
-    return LAMBDAS[place], seen
+    """The best lambda of the grid, walking uphill from `start`, and all that were tried."""
+    seen: dict[float, float] = {}
+
+    def kept(value: float) -> float:
+        seen[value] = score(value)
+        return seen[value]
+
+    return climb(LAMBDAS, start, kept), seen
 
 
 def wanted(trainings: list[str]) -> Iterator[tuple[str, str, str]]:

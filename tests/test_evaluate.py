@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from rich.console import Console
 
-import models
 import sterna
 import trainable
 from sterna import commands
@@ -31,24 +28,16 @@ from sterna.training.metrics import METRICS, Metric
 STERNA = str(Path(sys.executable).with_name("sterna"))
 
 
+TASKS = {"letters": "ab", "sorts": "xyz"}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two tasks with a tuned model and an expert each, both merged, and rows."""
     folder = tmp_path_factory.mktemp("evaluate")
     trainable.save_base("bert", folder / "bert")
     trainable.save_base("llama", folder / "llama")
-    for seed, (name, labels) in enumerate({"letters": "ab", "sorts": "xyz"}.items(), 1):
-        names = dict(enumerate(labels))
-        torch.manual_seed(seed)
-        model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder / "bert", id2label=names, label2id={v: k for k, v in names.items()}, num_labels=len(labels)
-        )
-        model = models.tuned(model, seed=seed, size=0.1)
-        with torch.no_grad():
-            model.classifier.weight.mul_(20)
-        model.save_pretrained(folder / f"{name}-tuned")
-        trainable.tokenizer("bert").save_pretrained(folder / f"{name}-tuned")
-        sterna.compress(folder / "bert", folder / f"{name}-tuned", density=0.5).save(folder / f"{name}.safetensors")
+    trainable.save_experts(folder, TASKS)
     sterna.merge([folder / "letters.safetensors", folder / "sorts.safetensors"], "linear").save(folder / "both.safetensors")
     trainable.save_csv(folder / "letters.csv", 40)
     lines = ["text,label", *(f"{row['text']},{'xyz'[i % 3]}" for i, row in enumerate(trainable.rows(30, 1)))]

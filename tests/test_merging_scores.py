@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from typer.testing import CliRunner
 
-import models
 import sterna
 import trainable
 from sterna.commands import app
+
+TASKS = {"letters": "ab", "sorts": "xyz"}
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +21,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, experts of two tasks of 2 and 3 classes, and rows of both."""
     folder = tmp_path_factory.mktemp("scores")
     trainable.save_base("bert", folder / "bert")
-    for seed, (name, labels) in enumerate({"letters": "ab", "sorts": "xyz"}.items(), 1):
-        names = dict(enumerate(labels))
-        torch.manual_seed(seed)
-        model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder / "bert", id2label=names, label2id={v: k for k, v in names.items()}, num_labels=len(labels)
-        )
-        model = models.tuned(model, seed=seed, size=0.1)
-        with torch.no_grad():
-            model.classifier.weight.mul_(20)
-        model.save_pretrained(folder / f"{name}-tuned")
-        trainable.tokenizer("bert").save_pretrained(folder / f"{name}-tuned")
-        sterna.compress(folder / "bert", folder / f"{name}-tuned", density=0.5).save(folder / f"{name}.safetensors")
+    trainable.save_experts(folder, TASKS)
+    for seed, (name, labels) in enumerate(TASKS.items(), 1):
         lines = ["text,label", *(f"{row['text']},{labels[i % len(labels)]}" for i, row in enumerate(trainable.rows(30, seed)))]
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -25,7 +25,7 @@ from sterna.scoring.metrics import BadMetric
 from sterna.searching.candidates import Setting
 from sterna.searching.result import Evaluated, Goal, frontier
 from sterna.searching.search import choice
-from sterna.searching.strategy import Explorer, Family, Spent
+from sterna.searching.strategy import Explorer, Family, Spent, density_for
 from sterna.summary import ternary_entropy
 
 FAMILIES = [Family("scaled", 1, "int8"), Family("balanced", 1, "int8"), Family("global", 2, "int8")]
@@ -109,7 +109,7 @@ def test_the_best_under_a_size_is_found_in_a_third_of_the_grids_evaluations(shap
     chosen, reached = choice(trials, Goal(max_bytes=size), size, problem.tuned)
     assert reached
     assert chosen.bytes <= size
-    density = explorer.density_for(FAMILIES[0], size)
+    density = density_for(problem.bytes, FAMILIES[0], size)
     assert density is not None
     assert problem.bytes(FAMILIES[0].at(density, 0.0)) >= 0.9 * size
     assert chosen.score >= 0.97 * problem.best(density) - 3 * problem.noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 import models
+import sterna
 
 WORDS = [f"w{i}" for i in range(34)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
@@ -62,3 +64,19 @@ def save_csv(path: Path, count: int, seed: int = 0) -> Path:
         writer.writeheader()
         writer.writerows(rows(count, seed))
     return path
+
+
+def save_experts(folder: Path, tasks: Mapping[str, str]) -> None:
+    """Of each task, over the encoder in `folder`/bert: a classifier with a class a letter, `<task>-tuned`, and its expert `<task>.safetensors`."""
+    for seed, (name, labels) in enumerate(tasks.items(), 1):
+        names = dict(enumerate(labels))
+        torch.manual_seed(seed)
+        model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder / "bert", id2label=names, label2id={v: k for k, v in names.items()}, num_labels=len(labels)
+        )
+        model = models.tuned(model, seed=seed, size=0.1)
+        with torch.no_grad():
+            model.classifier.weight.mul_(20)
+        model.save_pretrained(folder / f"{name}-tuned")
+        tokenizer("bert").save_pretrained(folder / f"{name}-tuned")
+        sterna.compress(folder / "bert", folder / f"{name}-tuned", density=0.5).save(folder / f"{name}.safetensors")

@@ -25,8 +25,6 @@ SHAPES = {
 }
 """One shape for each kind, so that nothing depends on colour."""
 
-GUTTER = 48
-"""Pixels at the left for the values of an upright axis; the page's style keeps them free."""
 WIDTHS = (236, 300, 420, 540, 660, 800)
 """Widths in pixels beside the gutter at which labels inside a chart must not touch."""
 

@@ -20,7 +20,7 @@ from sterna.searching.allocation import closed_form_alpha
 from sterna.searching.candidates import Maker, Setting
 from sterna.searching.ledger import Ledger
 from sterna.searching.result import Compared, Evaluated, Goal, SearchResult
-from sterna.searching.strategy import Explorer, Family, Spent, Trial
+from sterna.searching.strategy import Explorer, Family, Spent, Trial, density_for
 from sterna.sources.checkpoint import Source
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _by_formula(maker: Maker, goal: Goal, limit: int | None, metadata: Mapping[s
     family = families_of(maker)[0]
     density: float | None = DENSITY
     if limit is not None:
-        density = Explorer(_Sizes(maker), 0).density_for(family, limit)
+        density = density_for(maker.bytes, family, limit)
         assert density is not None
     assert density is not None
     plain = family.at(density, 0.0)
@@ -171,18 +171,6 @@ def _by_formula(maker: Maker, goal: Goal, limit: int | None, metadata: Mapping[s
     note = {"goal": str(goal), "chosen": "by formula", **_said(setting)}
     expert = maker.expert(setting, {**(metadata or {}), "search": note})
     return SearchResult(expert, setting, _size(expert), goal, True, True)
-
-
-class _Sizes:
-    """A problem of which only sizes are known."""
-
-    base = tuned = 0.0
-
-    def __init__(self, maker: Maker) -> None:
-        self.bytes = maker.bytes
-
-    def score(self, setting: Setting) -> float:
-        raise NotImplementedError
 
 
 def _benches(

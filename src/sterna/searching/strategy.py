@@ -170,22 +170,6 @@ class Explorer:
             self._ridges[key] = Ridge(plain.at(START)[0] - _formula(START)) if self._ridges else plain
         return self._ridges[key]
 
-    def density_for(self, family: Family, size: float) -> float | None:
-        """The largest density, to a few parts in a hundred, whose file has at most `size` bytes; None where even an empty one has more."""
-        empty = self._problem.bytes(family.at(1e-9, 0.0))
-        if empty >= size:
-            return None
-        density, best = START, None
-        for _ in range(8):
-            bytes_here = self._problem.bytes(family.at(density, 0.0))
-            if bytes_here <= size and (best is None or density > best):
-                best = density
-            if 0.97 * size <= bytes_here <= size or (density >= 1 and bytes_here <= size):
-                break
-            share = (0.985 * size - empty) / max(bytes_here - empty, 1)
-            density = min(_density_of_entropy(share * ternary_entropy(density)), 1.0)
-        return best
-
     def smallest(self, families: Sequence[Family], wanted: float) -> None:
         """Try settings until the smallest that reaches `wanted` is known; the first family is the one that others challenge. Raises Spent."""
         best = self._bracket(families[0], wanted)
@@ -194,7 +178,7 @@ class Explorer:
         if best is None:
             return
         for family in families[1:]:
-            while (density := self.density_for(family, SHRINK * best.bytes)) is not None:
+            while (density := density_for(self._problem.bytes, family, SHRINK * best.bytes)) is not None:
                 trial = self.climb(family, density, wanted)
                 if trial.score < wanted:
                     break
@@ -239,7 +223,7 @@ class Explorer:
         """Try settings until the best one of at most `size` bytes is known. Raises Spent."""
         best: Trial | None = None
         for family in families:
-            density = self.density_for(family, size)
+            density = density_for(self._problem.bytes, family, size)
             if density is None:
                 continue
             if best is not None:
@@ -289,6 +273,26 @@ def _formula(density: float) -> float:
 
 def _place(setting: Setting) -> float:
     return math.log(setting.alpha * math.sqrt(setting.density))
+
+
+def density_for(sized: Callable[[Setting], int], family: Family, size: float) -> float | None:
+    """The largest density, to a few parts in a hundred, whose file has at most `size` bytes; None where even an empty one has more.
+
+    `sized` gives the bytes of a setting's file.
+    """
+    empty = sized(family.at(1e-9, 0.0))
+    if empty >= size:
+        return None
+    density, best = START, None
+    for _ in range(8):
+        bytes_here = sized(family.at(density, 0.0))
+        if bytes_here <= size and (best is None or density > best):
+            best = density
+        if 0.97 * size <= bytes_here <= size or (density >= 1 and bytes_here <= size):
+            break
+        share = (0.985 * size - empty) / max(bytes_here - empty, 1)
+        density = min(_density_of_entropy(share * ternary_entropy(density)), 1.0)
+    return best
 
 
 def _density_of_entropy(bits: float) -> float:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sterna.needs import needed
-from sterna.training.tasks import TaskName
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
@@ -64,10 +63,6 @@ METRICS = {
         Metric("chrf", "chrF"),
     )
 }
-
-MAIN: dict[TaskName, str] = {"classification": "accuracy", "regression": "spearman", "causal-lm": "perplexity", "seq2seq": "rougeL"}
-"""The metric that stands for each task where there is room for one."""
-
 
 def classification(logits: Floats, labels: Integers) -> dict[str, float]:
     """Logits [n, classes] against labels [n]: accuracy, F1 averaged over the classes that occur or are predicted, Matthews', cross-entropy."""
