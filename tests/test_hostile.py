@@ -45,7 +45,8 @@ from sterna.expert.expert import DENSE_FREE, Expert
 from sterna.expert.file import file_pieces, from_bytes
 
 PHRASES: dict[str, str] = json.loads((generate.CORPUS / "cases.json").read_text())
-SECOND = 1.0
+SECOND = 5.0
+"""CPU seconds, of a slow machine that is shared: what takes part of one on a quiet core. Work out of proportion to these files takes minutes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -278,11 +279,15 @@ def test_rows_take_memory_and_time_in_proportion(raw: bytes, shape: tuple[int, .
 
 @pytest.mark.parametrize("index", [bytes(1 << 20), bytes([1, 0, 1]) * (1 << 20) + bytes(1 << 20)], ids=["no non-zero", "a non-zero each"])
 def test_blocks_of_one_entry_are_read_in_time_and_memory_that_follow_the_file(index: bytes) -> None:
-    file = plain().but(shapes=[(4 * CHUNK,)], rows=[Row(ADD, 1, levels=[Levels(0, (b"\0" + index) * 4)])]).file()
-    error, seconds, peak = measured(lambda: from_bytes(file).check())
-    assert error is None
-    assert seconds < SECOND
-    assert peak < 80_000_000 + 16 * len(file)
+    def read(chunks: int) -> float:
+        file = plain().but(shapes=[(chunks * CHUNK,)], rows=[Row(ADD, 1, levels=[Levels(0, (b"\0" + index) * chunks)])]).file()
+        error, seconds, peak = measured(lambda: from_bytes(file).check())
+        assert error is None
+        assert seconds < SECOND
+        assert peak < 80_000_000 + 16 * len(file)
+        return seconds
+
+    assert min(read(8) for _ in range(3)) < 12 * min(read(2) for _ in range(3))
 
 
 def test_a_dense_tensor_is_made_only_within_a_limit_that_is_not_the_files_own() -> None:
