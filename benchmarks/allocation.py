@@ -1,4 +1,4 @@
-"""Can the same bytes be spent better than by one global threshold? Eight rules for what is kept and what it is worth, at equal bytes, on three tasks.
+"""Can the same bytes be spent better than by one global threshold? Nine rules for what is kept and what it is worth, at equal bytes, on three tasks.
 
 Dense formulas, independent of the product's code. A rule says which entries of the task vector keep their sign; a scale what those of tensor t are
 worth. Sizes are the i.i.d. entropy of each tensor's levels, and every rule's density is chosen so that it has the bytes of ComPEFT at .01 and at .05.
@@ -12,6 +12,7 @@ worth. Sizes are the i.i.d. entropy of each tensor's levels, and every rule's de
     Fisher          abs(tau) * sqrt(F), F the mean squared gradient of 64 training rows; scales as "mean"
     Fisher^(1/2)    abs(tau) * F^(1/4); scales as "mean"
     Fisher, tensor  abs(tau) * sqrt(mean F of its tensor); scales as "scaled"
+    its selection   the same, F of 64 of the validation rows: what a search has
 
 u, the norm of what is kept over the norm of tau, is the best of three on validation rows; test rows are looked at for that one alone. A second call
 goes on:
@@ -74,6 +75,7 @@ class Study:
         self.std = {name: float(value.double().pow(2).mean().sqrt()) + 1e-12 for name, value in self.tau.items()}
         self.rows = {split: self._rows(one.data / f"{split}.csv", most) for split, most in (("validation", VALIDATION), ("test", TEST))}
         self.fisher = self._fisher(self._rows(one.data / "train.csv", FISHER))
+        self.selection_fisher = self._fisher(self.rows["validation"][:FISHER])
         self.floor = 0.01 * sum(float(value.sum()) for value in self.fisher.values()) / self.size
 
     def _rows(self, path: Any, most: int) -> list[tuple[list[int], int]]:
@@ -163,6 +165,7 @@ RULES: dict[str, tuple[Callable[[Study], Callable[[float], Tensors]], str]] = {
     "Fisher": (lambda study: weighted(study, lambda name: (study.fisher[name] + study.floor).sqrt()), "mean"),
     "Fisher^(1/2)": (lambda study: weighted(study, lambda name: (study.fisher[name] + study.floor) ** 0.25), "mean"),
     "Fisher, tensor": (lambda study: weighted(study, lambda name: float(study.fisher[name].mean()) ** 0.5 + 1e-12), "norm"),
+    "its selection": (lambda study: weighted(study, lambda name: float(study.selection_fisher[name].mean()) ** 0.5 + 1e-12), "norm"),
 }
 
 
