@@ -2,7 +2,7 @@
 
 For full fine-tunes and LoRA adapters of the encoder (benchmarks/experts.py has trained them) and a fine-tune and a LoRA of the causal language model:
 
-    curve     densities from .0003 to 1 and residual planes, each at its best scale found by the search's own climb; the efficient frontier of them
+    curve     densities from .0005 to 1, residual planes and Fisher allocations, each at its best scale found by the search's own climb; the frontier
     grid      the authors' fixed grid: k in 5, 10, 20, 30, 50 %, alpha in .5, 1, 2, 3, 4, 5, 6, 8, 10: 45 evaluations of plain ComPEFT
     search    `sterna.search` with at most 15 evaluations: the best under the bytes of the grid's best, and the smallest that is as good as it
     formula   the closed form, of the same bytes, without any evaluation
@@ -45,6 +45,8 @@ DENSITIES = (0.0005, 0.002, 0.005, 0.015, 0.05, 0.15, 0.4, 1.0)
 ANCHORS = (0.05, 0.4)
 """Densities whose scale is climbed to, before the others are tried at the scale that is then expected."""
 PLANES = ((2, 0.1), (3, 0.3))
+FISHER = (0.002, 0.005, 0.015, 0.05)
+"""Densities of the allocation by Fisher information, for full fine-tunes."""
 GRID = tuple((k, alpha) for k in (0.05, 0.1, 0.2, 0.3, 0.5) for alpha in (0.5, 1, 2, 3, 4, 5, 6, 8, 10))
 GRIDDED = ("computers/full", "computers/lora", "tweets/full", "dialogue/full")
 """Subjects of the grid and of what is held against it."""
@@ -130,11 +132,12 @@ class Work:
         from sterna.progress import silent
         from sterna.scoring.bench import open_bench
         from sterna.searching.candidates import Maker, Setting
+        from sterna.searching.fisher import mean_fisher
         from sterna.searching.ledger import Ledger
         from sterna.searching.scores import OfRows, Scored
 
         self.subject, self.base, self.tuned = subject, subject.base(), subject.tuned()
-        self.maker = Maker(match(self.base, self.tuned), "fast")
+        self.maker = Maker(match(self.base, self.tuned), "fast", fisher=lambda tuned, names: mean_fisher(self.bench, tuned, names))
         like = self.maker.expert(Setting(1e-9, 1.0))
         chosen, held = subject.data()
         bench = open_bench(self.base, chosen.pop("data"), like=like, **chosen)
@@ -173,9 +176,11 @@ def curve(work: Work) -> dict[str, Any]:
         explorer.climb(family, density, math.inf)
     for density in DENSITIES:
         explorer.trial(explorer.expected(family, density)[0])
-    if work.maker.carries_planes:
+    if work.maker.of_whole_tensors:
         for planes, density in PLANES:
             explorer.trial(explorer.expected(Family("global", planes, family.head), density)[0])
+        for density in FISHER:
+            explorer.trial(explorer.expected(Family("fisher", 1, family.head), density)[0])
     trials = [Evaluated(trial.setting, trial.bytes, work.sign * trial.score) for trial in explorer.trials.values()]
     best = frontier(trials, work.sign > 0)
     rows = [{**trial.to_dict(), "on_frontier": trial in best} for trial in trials]

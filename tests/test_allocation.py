@@ -201,7 +201,7 @@ def test_adapters_and_trained_experts_are_candidates_too(source: Callable[[torch
     base = made("bert")
     path = source(base, tmp_path)
     maker = Maker(match(base, path), "fast")
-    assert not maker.carries_planes
+    assert not maker.of_whole_tensors
     assert maker.expert(Setting(0.3, 2.0)).digest == sterna.compress(base, path, density=0.3, alpha=2.0).digest
     for name in ALLOCATIONS:
         with sterna.attached(copy.deepcopy(base), maker.expert(Setting(0.3, 2.0, name))):

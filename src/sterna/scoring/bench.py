@@ -31,7 +31,7 @@ from sterna.training.metrics import Metric
 from sterna.training.models import DTYPES, length_limit, load_model, load_settings, load_tokenizer, model_folder
 from sterna.training.plan import MAX_LENGTH
 from sterna.training.tasks import TaskName
-from sterna.training.tokens import Lengths, refuse_foreign
+from sterna.training.tokens import Lengths, collator, refuse_foreign
 
 Candidate = Expert | str | os.PathLike[str] | torch.nn.Module | None
 """What a bench can run: an expert or its file, a tuned model's folder or hub id, a PEFT folder, a live model; None for the base alone."""
@@ -76,6 +76,21 @@ class Bench:
     def run_live(self, model: Any = None, progress: Progress = silent) -> Outcome:
         """Score the live model as it is now, or another live model of the same task."""
         return self.outcome(self._outputs(self.model if model is None else model, "the model", progress))
+
+    def loss(self, model: Any, place: int) -> torch.Tensor:
+        """A live model's loss on one row, with its gradients: cross-entropy of the label or the mean one of the tokens, or the squared error."""
+        found = self.evaluation
+        device = next(model.parameters()).device
+        batch = collator(found.tokenizer, self.task)([dict(found.rows[place])])
+        inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        if self.task in ("causal-lm", "seq2seq"):
+            return model(**inputs).loss.float()  # type: ignore[no-any-return]
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits.float()
+        if self.task == "regression":
+            return torch.nn.functional.mse_loss(logits[:, 0], labels.float())
+        order = self._columns(model, logits.shape[1], "the model")
+        return torch.nn.functional.cross_entropy(logits if order is None else logits[:, order], labels)
 
     def outputs(self, candidate: Candidate = None, *, head: str | None = None, progress: Progress = silent, step: str | None = None) -> Outputs:
         """What a candidate gives for every row: to be scored by more than one metric with `outcome`."""
@@ -131,6 +146,11 @@ class Bench:
         names = class_names(config.to_dict()) if hasattr(config, "to_dict") else None
         order = columns_in_order(names, self.head, found.logits.shape[1], who)
         return found if order is None else replace(found, logits=found.logits[:, order])
+
+    def _columns(self, model: Any, outputs: int, who: str) -> list[int] | None:
+        config: Any = getattr(model, "config", None)
+        names = class_names(config.to_dict()) if hasattr(config, "to_dict") else None
+        return columns_in_order(names, self.head, outputs, who)
 
     def _loaded(self, folder: Path) -> Any:
         """The model of a tuned folder, or the base with a PEFT folder on it, on this bench's device and in its dtype."""

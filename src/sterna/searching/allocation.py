@@ -9,6 +9,9 @@ entries of which c_t are kept, the whole d entries of which floor(density * d) a
 | tensor | abs(tau) of each tensor, the same density everywhere | std(tau_t) |
 | scaled | abs(tau), one for all | sqrt(density) * norm(tau_t) / sqrt(c_t): what is kept has each tensor's norm, as all of it has under `global` |
 | balanced | abs(tau) / sqrt(std(tau_t)), one for all: halfway from `global` to `tensor` | as `scaled` |
+| fisher | abs(tau) * F_t^(1/4), one for all: F_t is the tensor's mean Fisher information (`sterna.searching.fisher`) | as `scaled` |
+
+F_t^(1/2), which the loss's second-order change asks for, is better on some tasks and far worse on others (docs/benchmarks.md); a root of it is steady.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from sterna.codings import I64
 from sterna.compeft import Budget, Survey, joined
 from sterna.numbers.selection import UPPER_BINS, kept_entries
 
-AllocationName = Literal["global", "tensor", "scaled", "balanced"]
+AllocationName = Literal["global", "tensor", "scaled", "balanced", "fisher"]
 
 FACTOR, EXPONENT = 4.1, 0.65
 """Of the closed form: what the best scales of searches were near to; docs/search.md has how near."""
@@ -40,9 +43,9 @@ class Allocation:
     units: tuple[float, ...]
 
 
-def allocated(name: AllocationName, surveys: Sequence[Survey], density: float) -> Allocation:
-    """The allocation of that name over tensors that were surveyed one by one."""
-    return ALLOCATIONS[name](surveys, density)
+def allocated(name: AllocationName, surveys: Sequence[Survey], density: float, fisher: Sequence[float] = ()) -> Allocation:
+    """The allocation of that name over tensors that were surveyed one by one; `fisher` is F_t of each, for the one of that name."""
+    return _weighted(surveys, density, [value**0.25 for value in fisher]) if name == "fisher" else ALLOCATIONS[name](surveys, density)
 
 
 def _global(surveys: Sequence[Survey], density: float) -> Allocation:
@@ -62,8 +65,11 @@ def _scaled(surveys: Sequence[Survey], density: float) -> Allocation:
 
 
 def _balanced(surveys: Sequence[Survey], density: float) -> Allocation:
+    return _weighted(surveys, density, [found.deviation**-0.5 if found.deviation > 0 else 0.0 for found in surveys])
+
+
+def _weighted(surveys: Sequence[Survey], density: float, weights: Sequence[float]) -> Allocation:
     entries = sum(found.entries for found in surveys)
-    weights = [found.deviation**-0.5 if found.deviation > 0 else 0.0 for found in surveys]
     kept = _above(surveys, weights, kept_entries(density, entries))
     return Allocation(tuple(_budget(found, count) for found, count in zip(surveys, kept, strict=True)), _own_norms(surveys, kept, density))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sterna.codings import by_name, default_coding
@@ -69,10 +70,16 @@ class Levels:
 
 
 class Maker:
-    """Makes experts of settings for one base and tuned model. Raises as `compress` does."""
+    """Makes experts of settings for one base and tuned model. Raises as `compress` does.
 
-    def __init__(self, matched: Matched, coding: str, progress: Progress = silent) -> None:
+    `fisher` gives F_t of the task vector's tensors, by names, at the tuned model; asked once, when a setting of that allocation is made.
+    """
+
+    def __init__(
+        self, matched: Matched, coding: str, progress: Progress = silent, fisher: Callable[[Expert, Sequence[str]], Sequence[float]] | None = None
+    ) -> None:
         self.matched = matched
+        self._fisher = fisher
         self._coding = by_name(coding)
         self._block = default_coding() if self._coding.sequential is True else self._coding
         self._held: OrderedDict[tuple[object, ...], Levels] = OrderedDict()
@@ -100,9 +107,20 @@ class Maker:
         """Bytes of the exact heads."""
         return sum(value.numel() * value.element_size() for change in self.exact("exact") if change.role == "head" for _, value in change.exact)
 
+    @cached_property
+    def fisher(self) -> Sequence[float]:
+        """F_t of every tensor of the task vector."""
+        if self._fisher is None or not self.of_whole_tensors:
+            raise InvalidArgument("allocation is 'fisher'; expected another without rows to take gradients on, or of an adapter or masked values")
+        return self._fisher(self.tuned(), [piece.name for piece in self.matched.task.pieces])
+
     @property
-    def carries_planes(self) -> bool:
-        """Whether more than one plane can be had: of differences to whole tensors, not of adapters' factors or masked values."""
+    def has_fisher(self) -> bool:
+        return self._fisher is not None and self.of_whole_tensors
+
+    @cached_property
+    def of_whole_tensors(self) -> bool:
+        """Whether the task vector is differences to whole tensors of the base, not adapters' factors or masked values; these alone carry planes."""
         return all(isinstance(change, Add) for change in self.expert(_NOTHING).changes if change.ternaries)
 
     def expert(self, setting: Setting, metadata: Mapping[str, Any] | None = None) -> Expert:
@@ -160,12 +178,13 @@ class Maker:
         return self._held[key]
 
     def _coded(self, setting: Setting) -> Levels:
-        chosen = allocated(setting.allocation, self.surveys, setting.density)
+        fisher = self.fisher if setting.allocation == "fisher" else ()
+        chosen = allocated(setting.allocation, self.surveys, setting.density, fisher)
         levels = self._recoded(coded_levels(chosen.budgets, self._block))
         return Levels(chosen.units, tuple(levels))
 
     def _summed(self, setting: Setting) -> Levels:
-        if not self.carries_planes or setting.allocation != "global":
+        if not self.of_whole_tensors or setting.allocation != "global":
             raise InvalidArgument(f"planes is {setting.planes}; expected 1 for {self.matched.task.source}, or an allocation other than 'global'")
         sums = residual_planes(self.surveys, setting.density, setting.planes, self._block)
         levels = self._recoded([change.levels for change in sums])

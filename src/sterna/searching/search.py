@@ -78,7 +78,7 @@ def search(
     ledger = Ledger.open(run_dir, {})
     benches = _benches(base, tuned, data, test, metric, seed, warn, rows) if data is not None else None
     matched = match(base, tuned, exclude=exclude, warn=warn, progress=progress)
-    maker = Maker(matched, coding, progress)
+    maker = Maker(matched, coding, progress, _fisher(benches[0], progress) if benches is not None else None)
     refuse_strangers(matched, maker.norm, force, warn)
     if not maker.norm:
         raise InvalidArgument("the tuned model equals the base in every tensor that is compressed; there is nothing to search for")
@@ -144,7 +144,15 @@ def families_of(maker: Maker) -> list[Family]:
     if len(maker.surveys) == 1:
         return [Family(head=head)]
     families = [Family("scaled", 1, head), Family("balanced", 1, head)]
-    return [*families, Family("global", 2, head)] if maker.carries_planes else families
+    if maker.has_fisher:
+        families = [Family("fisher", 1, head), Family("scaled", 1, head)]
+    return [*families, Family("global", 2, head)] if maker.of_whole_tensors else families
+
+
+def _fisher(bench: Bench, progress: Progress) -> Callable[[Expert, Sequence[str]], Sequence[float]]:
+    from sterna.searching.fisher import mean_fisher
+
+    return lambda tuned, names: mean_fisher(bench, tuned, names, progress)
 
 
 def _limit(maker: Maker, family: Family, max_bytes: int | None, metadata: Mapping[str, Any] | None) -> int | None:
