@@ -15,6 +15,7 @@ import typer.testing
 
 import models
 import sterna
+import trainable
 from sterna.composing import kernels, unions
 from sterna.composing.compose import compose
 from sterna.composing.heads import fit
@@ -529,3 +530,25 @@ def test_the_command_refuses_and_writes_nothing(workplace: Path, arguments: Call
     assert told in str(found.exception)
     assert isinstance(found.exception, SternaError)
     assert not (workplace / "x").exists()
+
+
+def test_experts_of_a_language_model_are_composed_by_its_answers(tmp_path: Path) -> None:
+    import transformers
+
+    base = trainable.save_base("llama", tmp_path / "base")
+    for seed in (1, 2):
+        models.tuned(transformers.AutoModelForCausalLM.from_pretrained(base), seed=seed, size=0.1).save_pretrained(tmp_path / f"tuned{seed}")
+        sterna.compress(base, tmp_path / f"tuned{seed}", density=0.3).save(tmp_path / f"expert{seed}.safetensors")
+    trainable.save_jsonl(tmp_path / "few.jsonl", trainable.completions(8))
+    trainable.save_jsonl(tmp_path / "test.jsonl", trainable.completions(12, seed=1))
+    experts = [tmp_path / f"expert{seed}.safetensors" for seed in (1, 2)]
+    words = ["--base", base, "--data", tmp_path / "few.jsonl", "--test", tmp_path / "test.jsonl", "--budget", 4, "--json"]
+    for metric in ("loss", "token_f1"):
+        out = tmp_path / f"{metric}.safetensors"
+        found = invoke("compose", *experts, *words, "--metric", metric, "-o", out)
+        assert found.exit_code == 0, found.output
+        own = json.loads(found.stdout)["own"]
+        value = {part: sterna.evaluate(base, out, data=tmp_path / part, metric=metric).tasks[0].entries[1] for part in ("few.jsonl", "test.jsonl")}
+        assert own["value"] == pytest.approx(value["test.jsonl"].outcomes[metric].value, rel=1e-4)
+        if metric == "loss":  # which the search saw of the completions alone
+            assert own["score"] == pytest.approx(-value["few.jsonl"].outcomes[metric].value, rel=1e-4)

@@ -156,9 +156,46 @@ def test_the_base_alone_is_evaluated_too(capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(capsys.readouterr().out)["tasks"][0]["metrics"][0]["name"] == "perplexity"
 
 
+@pytest.mark.parametrize("kind", ["prompts", "chats"])
+def test_completions_are_learned_and_then_written(kind: str, tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = trainable.save_chatting(tmp_path / "base", place / "llama")
+    every = [f"w{number}" for number in range(4)]
+    rows: list[Any] = [{"prompt": word, "completion": f"w{10 + number}"} for number, word in enumerate(every)] * 4
+    if kind == "chats":
+        rows = [
+            {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}], "text": "w9"}
+            for row in rows
+        ]
+    data = str(trainable.save_jsonl(tmp_path / "rows.jsonl", rows))
+    expert = str(tmp_path / "expert.safetensors")
+    words = ("--model", str(base), "--data", data, "--task", "causal-lm", "--validation", "0", "--method", "pafi", "--density", "1")
+    before = sys.argv
+    sys.argv = ["sterna", "train", *words, "--epochs", "100", "--learning-rate", "3e-2", "-o", expert]
+    try:
+        with pytest.raises(SystemExit) as left:
+            commands.main()
+    finally:
+        sys.argv = before
+    assert not left.value.code
+    capsys.readouterr()
+    metrics = ("--metric", "exact_match", "--metric", "figures:hits", "--metric", "perplexity", "--target-max-length", "4")
+    assert run(str(base), expert, "--data", data, *metrics, "--json") == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    base_scores, scores = ({name: found["value"] for name, found in model["scores"].items()} for model in task["models"])
+    assert scores["exact_match"] == 100
+    assert scores["figures:hits"] == 1
+    assert scores["perplexity"] < base_scores["perplexity"]
+    assert base_scores["exact_match"] < 50
+    assert run(str(base), expert, "--data", data) == 0
+    assert capsys.readouterr().out.startswith("16 rows of rows.jsonl; causal-lm; base base")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("llama", "--data", "letters.csv", "--task", "causal-lm", "--metric", "exact_match"), "expected rows with a target (--target NAME"),
+        (("llama", "--data", "letters.csv", "--task", "causal-lm", "--metric", "figures:hits"), "expected rows with a target (--target NAME"),
+        (("llama", "--data", "letters.csv", "--target", "lable", "--task", "causal-lm"), "target: there is no column 'lable' (near: 'label')"),
         (("bert", "letters.safetensors"), "--data is missing"),
         (("bert", "letters.safetensors", "--data", "nowhere.csv"), "no file nowhere.csv"),
         (("nowhere", "letters.safetensors", "--data", "letters.csv"), "'nowhere' is neither"),

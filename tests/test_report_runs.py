@@ -24,6 +24,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["completions", "chats"])
+def test_a_report_of_a_language_model_s_answers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainable.save_base("llama", tmp_path / "plain")
+    trainable.save_chatting(tmp_path / "base", tmp_path / "plain")
+    rows = trainable.completions(40) if kind == "completions" else trainable.chats(40)
+    trainable.save_jsonl(tmp_path / "rows.jsonl", rows)
+    words = ("--task", "causal-lm", "--method", "full", "--max-steps", "4", "--test", "0.3", "--set", "data.target_max_length=3")
+    trained = run(tmp_path, monkeypatch, capsys, "train", "--model", "base", "--data", "rows.jsonl", *words, "-o", "answers")
+    for metric in ("perplexity", "exact_match"):
+        report = run(tmp_path, monkeypatch, capsys, "report", "answers.run", "--metric", metric, "--repeats", "3", "--no-controls", "-o", "r.html")
+        (task,) = report["tasks"]
+        assert (task["rows"], task["metric"]["name"]) == (12, metric)
+        if metric == "perplexity":
+            scores = {one["kind"]: one["score"]["value"] for one in task["candidates"]}
+            assert scores["tuned"] == pytest.approx(trained["metrics"]["trained"]["test"]["perplexity"], rel=1e-4)
+            assert scores["expert"] == pytest.approx(trained["metrics"]["expert"]["test"]["perplexity"], rel=1e-4)
+
+
 def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     """The JSON that a command prints."""
     monkeypatch.chdir(place)

@@ -121,8 +121,6 @@ def outputs_for(task: str, rows: int = 60, seed: int = 0) -> tuple[Outputs, Exam
         return Outputs(logits=predicted[:, None].astype(np.float32)), Examples(texts, None, tuple(wanted.tolist()))
     tokens = random.integers(1, 20, rows)
     nats = random.gamma(2.0, 1.0, rows) * tokens
-    if task == "causal-lm":
-        return Outputs(nats=nats, tokens=tokens), Examples(texts)
     words = [" ".join(random.choice(["the", "cat", "sat", "on", "a", "mat", "Mat."], random.integers(2, 9))) for _ in range(rows)]
     said = [word if random.random() < 0.3 else " ".join(reversed(word.split()[:-1] or word.split())) for word in words]
     return Outputs(nats=nats, tokens=tokens, texts=tuple(said)), Examples(texts, None, tuple(words))
@@ -242,7 +240,7 @@ def test_an_own_metric_of_rows_is_resampled_as_their_mean() -> None:
     assert np.allclose(got.evidence.of(places), by_hand[places].mean(1))
 
 
-@pytest.mark.parametrize("task", ["classification", "regression", "seq2seq"])
+@pytest.mark.parametrize("task", ["classification", "regression", "seq2seq", "causal-lm"])
 def test_an_own_metric_of_all_rows_is_called_for_every_resample(task: Any) -> None:
     def share(predicted: Any, wanted: Any) -> float:
         kind = np.ndarray if task == "regression" else list
@@ -295,8 +293,11 @@ def test_metrics_by_import_path_are_found_in_the_current_folder(tmp_path: Path, 
     }.items():
         with pytest.raises(InvalidArgument, match=said):
             metric_of(path, "classification")
-    with pytest.raises(InvalidArgument, match="causal-lm has neither"):
-        metric_of("my_figures:profit", "causal-lm")
+    for path in ("my_figures:profit", "exact_match"):
+        assert metric_of(path, "causal-lm").name == path
+        with pytest.raises(InvalidArgument, match="expected rows with a target"):
+            metric_of(path, "causal-lm", answered=False)
+    assert metric_of(None, "causal-lm", answered=False).name == "perplexity"
 
 
 # Labels
@@ -561,6 +562,111 @@ def test_a_sequence_to_sequence_bench_generates_once_for_all_metrics(place: Path
         assert outcome.interval().low <= outcome.value + 1e-9
 
 
+def written_by_hand(folder: Path, prompt: str, most: int) -> str:
+    """The likeliest token again and again, the whole text anew each time, until the end of text."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) - start < most and ids[-1] != tokenizer.eos_token_id:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_texts_written_in_batches_are_those_written_one_by_one(kind: str, batch: int, place: Path, tmp_path: Path) -> None:
+    rows = trainable.completions(12)
+    torch.manual_seed(0)
+    model: Any = {"llama": models.llama, "gpt2": models.gpt2}[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # so that a text depends on its prompt, and some end early
+    model.save_pretrained(tmp_path / kind)
+    trainable.tokenizer("llama").save_pretrained(tmp_path / kind)
+    bench = open_bench(tmp_path / kind, rows, metric="exact_match", target_max_length=6, batch=batch, device="cpu")
+    found = bench.outputs().texts
+    wanted = tuple(written_by_hand(tmp_path / kind, row["prompt"], 6) for row in rows)
+    assert found == wanted
+    assert len(set(wanted)) > 3
+
+
+def test_texts_end_with_the_end_of_text_and_hold_neither_prompt_nor_padding(place: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "llama")
+    model.generation_config.eos_token_id = [trainable.tokenizer("llama").convert_tokens_to_ids("w5")]
+    bench = open_bench(place / "llama", trainable.completions(6), metric="exact_match", target_max_length=5, device="cpu")
+    every = set(" ".join(bench.outputs().texts or ()).split())
+    last = trainable.tokenizer("llama").convert_tokens_to_ids(sorted(every)[0])
+    model.generation_config.eos_token_id = last
+    found = bench.outputs(model).texts or ()
+    assert any(text.endswith(sorted(every)[0]) for text in found)
+    assert all(sorted(every)[0] not in text.split()[:-1] for text in found)
+
+
+def test_a_bench_of_completions_writes_texts_where_a_metric_is_of_texts(place: Path) -> None:
+    rows = trainable.completions(20)
+    bench = open_bench(place / "llama", rows, like=place / "llama.safetensors", target_max_length=3)
+    assert (bench.task, bench.metric.name, len(bench)) == ("causal-lm", "perplexity", 20)
+    found = bench.outputs()
+    assert found.texts is None
+    exact = metric_of("exact_match", "causal-lm")
+    with pytest.raises(InvalidArgument, match="no texts were written"):
+        bench.outcome(found, exact)
+    assert bench.run(metric=exact).rows == 20
+    found = bench.outputs(place / "llama.safetensors", metrics=[bench.metric, exact])
+    for name in BY_TASK["causal-lm"]:
+        assert math.isfinite(bench.outcome(found, metric_of(name, "causal-lm")).value)
+    first, second = bench.split(0.3, seed=1)
+    assert [len(first), len(second), len(first.rows([2, 0]))] == [6, 14, 2]
+    assert {*first.evaluation.examples.texts} | {*second.evaluation.examples.texts} == {row["prompt"] for row in rows}
+    part = first.outputs(metrics=[exact])
+    whole = bench.outputs(metrics=[exact])
+    told = dict(zip(bench.evaluation.examples.texts, whole.texts or (), strict=True))
+    assert part.texts == tuple(told[text] for text in first.evaluation.examples.texts)
+    t5 = open_bench(place / "t5", place / "rows.csv", target="summary", metric="loss")
+    assert t5.outputs().texts is None
+
+
+def test_the_perplexity_of_completions_is_theirs_alone(place: Path) -> None:
+    rows = trainable.completions(15)
+    bench = open_bench(place / "llama", rows, like=place / "llama.safetensors", batch=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "llama-tuned")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "llama-tuned")
+    nats = count = 0.0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = [*prompt, *tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            chances = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for at in range(len(prompt), len(ids)):
+            nats -= float(chances[at - 1, ids[at]])
+            count += 1
+    assert bench.run(place / "llama-tuned").value == pytest.approx(math.exp(nats / count), rel=1e-5)
+
+
+def test_a_model_without_room_for_what_is_to_be_written_says_so(place: Path, tmp_path: Path) -> None:
+    trainable.save_base("gpt2", tmp_path / "gpt2")
+    bench = open_bench(tmp_path / "gpt2", trainable.completions(4), metric="exact_match")
+    with pytest.raises(InvalidArgument, match="target_max_length is 64, and the model takes 16 tokens"):
+        bench.run()
+    assert open_bench(tmp_path / "gpt2", trainable.completions(4), metric="exact_match", target_max_length=12).run().rows == 4
+
+
+def test_an_own_metric_gets_stripped_texts(place: Path) -> None:
+    seen: list[Any] = []
+
+    def same(predicted: list[str], wanted: list[str]) -> list[bool]:
+        seen.append((predicted, wanted))
+        return [p == w for p, w in zip(predicted, wanted, strict=True)]
+
+    rows = [{"q": "w1 w2", "a": "  w3 w4 \n"}, {"q": "w1\n", "a": "w5[EOS]"}]
+    open_bench(place / "llama", rows, text="q", target="a", metric=same, target_max_length=3).run()
+    ((predicted, wanted),) = seen
+    assert wanted == ["w3 w4", "w5"]
+    assert all(text == text.strip() and "[" not in text for text in predicted)
+
+
 def test_a_regression_bench_has_no_classes(place: Path) -> None:
     bench = open_bench(place / "bert", place / "rows.csv", task="regression", label="rating", metric="mse")
     assert bench.classes == ()
@@ -591,6 +697,14 @@ def test_a_merged_expert_is_scored_with_the_head_that_is_named(place: Path) -> N
         ("nowhere.csv", {}, NotFound, "nowhere.csv"),
         ("rows.csv", {"label": "lable"}, InvalidArgument, "no column 'lable'"),
         ("rows.csv", {"metric": "rougeL"}, InvalidArgument, "metric is 'rougeL'"),
+        ("rows.csv", {"task": "causal-lm", "metric": "exact_match"}, InvalidArgument, "expected rows with a target"),
+        ("rows.csv", {"task": "causal-lm", "metric": len}, InvalidArgument, "expected rows with a target"),
+        ("rows.csv", {"task": "causal-lm", "label": "label"}, InvalidArgument, "'label' is not used: causal-lm has a target"),
+        ("rows.csv", {"task": "causal-lm", "target": "text"}, InvalidArgument, "no column goes by a usual name"),
+        ("rows.csv", {"task": "causal-lm", "text": "text", "target": "text"}, InvalidArgument, "the column of the text too"),
+        ([{"prompt": "w1", "completion": " "}], {"task": "causal-lm"}, InvalidFile, "no row with everything that is needed: 'prompt', 'completion'"),
+        ([{"prompt": "w1", "completion": ["w2"]}], {"task": "causal-lm"}, InvalidFile, "row 1: 'completion' holds a list"),
+        ([{"text": "w1 \ud800", "label": "a"}], {}, InvalidFile, "row 1: 'text' holds a lone surrogate at character 3"),
         ("rows.csv", {"rows": 0}, InvalidArgument, "rows is 0"),
         ("rows.csv", {"dtype": "int8"}, InvalidArgument, "dtype is 'int8'"),
         ([{"text": "w1", "label": "x"}, {"text": "w2", "label": "y"}], {}, InvalidArgument, "the head has 2 classes \\('a', 'b'\\)"),

@@ -19,7 +19,7 @@ import torch
 
 import sterna
 import trainable
-from models import made, noise, same_state, state_of
+from models import made, noise, same_state, state_of, tuned
 from sterna.errors import CannotWrite, InvalidArgument
 from sterna.scoring.metrics import BadMetric
 from sterna.searching.candidates import Setting
@@ -521,3 +521,22 @@ def test_bad_input_is_one_line(name: str, place: Path, command: Callable[..., Do
     assert said in lines[-1]
     assert "Traceback" not in done.err
     assert not (place / "bad.safetensors").exists()
+
+
+def test_a_search_by_what_a_language_model_writes(tmp_path: Path) -> None:
+    import transformers
+
+    base = trainable.save_base("llama", tmp_path / "base")
+    tuned(transformers.AutoModelForCausalLM.from_pretrained(base), size=0.1).save_pretrained(tmp_path / "tuned")
+    rows = trainable.completions(24)
+    found = sterna.search(
+        base, tmp_path / "tuned", data=rows, metric="exact_match", max_bytes=4_000, evaluations=3, target_max_length=2, run_dir=tmp_path / "run"
+    )
+    assert found.metric is not None
+    assert found.metric.name == "exact_match"
+    assert len(found.trials) <= 3
+    assert found.selection is not None
+    assert found.test is not None
+    assert (found.selection.rows, found.test.rows) == (12, 12)
+    by_hand = sterna.evaluate(base, found.expert, data=rows, metric="exact_match", target_max_length=2).tasks[0].entries[1]
+    assert (found.selection.expert + found.test.expert) / 2 == pytest.approx(by_hand.outcomes["exact_match"].value)

@@ -24,12 +24,13 @@ import sterna
 import trainable
 from sterna import commands
 from sterna.errors import InvalidArgument, NotFound, SternaError
+from sterna.scoring.rows import examples_of, table_of
 from sterna.training import metrics
 from sterna.training.config import Data, TrainingConfig, merged, parse, read_yaml
 from sterna.training.data import load_data
 from sterna.training.errors import Faults, Interrupted, InvalidConfig
 from sterna.training.run import train
-from sterna.training.tokens import packed
+from sterna.training.tokens import Lengths, packed, tokenized
 from sterna.tuning.checkpoints import MARK, last_checkpoint
 
 STERNA = str(Path(sys.executable).with_name("sterna"))
@@ -40,6 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     for kind in ("bert", "llama", "t5"):
         trainable.save_base(kind, folder / kind)
+    trainable.save_chatting(folder / "chatting", folder / "llama")
+    trainable.save_jsonl(folder / "completions.jsonl", trainable.completions(32))
+    trainable.save_jsonl(folder / "chats.jsonl", trainable.chats(32))
     trainable.save_csv(folder / "train.csv", 48)
     trainable.save_csv(folder / "test.csv", 16, seed=1)
     (folder / "texts.txt").write_text("\n".join(row["text"] for row in trainable.rows(40)), encoding="utf-8")
@@ -123,9 +127,10 @@ def test_every_method_that_is_a_weight_delta_ends_as_an_expert(kind: str, here: 
         assert (Path("out.run/trained") / ("model.safetensors" if kind.startswith("full") else "adapter_config.json")).is_file()
 
 
+@pytest.mark.parametrize("data", ["texts.txt", "completions.jsonl"])
 @pytest.mark.parametrize("name", ["prefix-tuning", "prompt_tuning"])
-def test_a_method_that_is_no_delta_ends_as_a_peft_folder(name: str, here: Path) -> None:
-    raw = config({"name": name, "num_virtual_tokens": 3}, model="llama", data={"train": "texts.txt", "max_length": 8})
+def test_a_method_that_is_no_delta_ends_as_a_peft_folder(name: str, data: str, here: Path) -> None:
+    raw = config({"name": name, "num_virtual_tokens": 3}, model="llama", task="causal-lm", data={"train": data, "max_length": 8})
     said: list[str] = []
     result = train(raw, warn=said.append)
     assert result.ends_as == "PEFT folder"
@@ -144,6 +149,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "regression": {"task": "regression", "data.label": "rating"},
     "causal-lm": {"model": "llama", "data": {"train": "texts.txt", "max_length": 8, "test": 0.2}},
     "seq2seq": {"model": "t5", "task": "seq2seq", "data.target_max_length": 4},
+    "completions": {"model": "llama", "task": "causal-lm", "data": {"train": "completions.jsonl", "test": 0.2}},
+    "chats": {"model": "chatting", "task": "causal-lm", "data": {"train": "chats.jsonl", "test": 0.2}},
 }
 
 
@@ -155,18 +162,23 @@ def test_every_task(kind: str, method: str, here: Path) -> None:
     wanted = {
         "pair": {"accuracy", "macro_f1", "matthews", "loss"},
         "regression": {"spearman", "pearson", "mse"},
-        "causal-lm": {"perplexity", "loss"},
+        **{name: {"perplexity", "loss"} for name in ("causal-lm", "completions", "chats")},
         "seq2seq": {"rouge1", "rouge2", "rougeL", "exact_match", "perplexity", "loss"},
     }
     for scores in (result.metrics["trained"]["test"], result.metrics["expert"]["test"]):
         assert set(scores) == wanted[kind]
         assert all(np.isfinite(value) for value in scores.values())
-    assert result.task == ("classification" if kind == "pair" else kind)
+    assert result.task == {"pair": "classification", "completions": "causal-lm", "chats": "causal-lm"}.get(kind, kind)
     if method == "pafi":
         assert result.metrics["trained"]["test"] == pytest.approx(result.metrics["expert"]["test"], rel=1e-4, abs=1e-6)
     said = yaml_of("out.yaml")
     assert said["data"]["text_pair"] == ("other" if kind == "pair" else None)
-    assert said["data"]["target"] == ("summary" if kind == "seq2seq" else None)
+    assert said["data"]["target"] == {"seq2seq": "summary", "completions": "completion"}.get(kind)
+    if kind in ("completions", "chats"):
+        first = Path("out.safetensors").read_bytes()
+        shutil.rmtree("out.run")
+        assert train(yaml_of("out.yaml")).metrics == result.metrics
+        assert Path("out.safetensors").read_bytes() == first
 
 
 def yaml_of(path: str) -> dict[str, Any]:
@@ -184,6 +196,146 @@ def test_perplexity_is_that_of_a_plain_loop(here: Path) -> None:
         nats += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     assert result.metrics["trained"]["test"]["loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+def tokens_of(name: str, lengths: Lengths | None = None, rows: Any = None, tokenizer: Any = None) -> list[dict[str, Any]]:
+    """What is trained of rows: of a tiny model's tokenizer, or of a given one."""
+    examples, _ = examples_of(table_of(rows), "causal-lm")
+    return tokenized(tokenizer or transformers.AutoTokenizer.from_pretrained(name), examples, "causal-lm", lengths or Lengths(64))
+
+
+def test_labels_are_those_of_the_completion_alone(here: Path) -> None:
+    rows = trainable.completions(20)
+    made = tokens_of("llama", rows=rows)
+    word = {word: number for number, word in enumerate([*trainable.SPECIAL, *trainable.WORDS])}
+    for row, found in zip(rows, made, strict=True):
+        prompt, answer = ([word[part] for part in row[key].split()] for key in ("prompt", "completion"))
+        assert found == {"input_ids": [*prompt, *answer, word["[EOS]"]], "labels": [*[-100] * len(prompt), *answer, word["[EOS]"]]}
+    chats = trainable.chats(20)
+    for row, found in zip(chats, tokens_of("chatting", rows=chats), strict=True):
+        user, answer = ([word[part] for part in message["content"].split()] for message in row["messages"])
+        prompt = [word["w30"], *user, word["[EOS]"], word["w31"]]
+        assert found == {"input_ids": [*prompt, *answer, word["[EOS]"]], "labels": [*[-100] * len(prompt), *answer, word["[EOS]"]]}
+    pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in chats]
+    assert tokens_of("chatting", rows=pairs) == tokens_of("chatting", rows=chats)
+    more = {"role": "user", "content": "w9"}, {"role": "assistant", "content": "w8", "weight": None}
+    (found,) = tokens_of("chatting", rows=[{"messages": [*chats[0]["messages"], *more]}])
+    assert sum(label != -100 for label in found["labels"]) == 2  # the last answer, not the first
+    assert {tuple(row["labels"]) for row in tokens_of("llama", rows=[{"text": "w1 w2", "summary": "w3"}])} == {(word["w1"], word["w2"], 4)}
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_special_tokens_stand_where_the_tokenizer_has_them_and_once(kind: str) -> None:
+    (found,) = tokens_of("", rows=[{"prompt": "w1 w2", "completion": "w3"}], tokenizer=trainable.tokenizer(kind))
+    start = [2] if kind == "bert" else []
+    assert found == {"input_ids": [*start, 6, 7, 8, 4], "labels": [*[-100] * (len(start) + 2), 8, 4]}
+    (again,) = tokens_of("", rows=[{"prompt": "[CLS] w1 w2" if start else "w1 w2", "completion": "w3 [EOS]"}], tokenizer=trainable.tokenizer(kind))
+    assert again == found
+
+
+def byte_pairs() -> Any:
+    """Words with the space before them as one token, as GPT-2 has it."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(["Q: yes no yes no A: yes"] * 9, tokenizers.trainers.BpeTrainer(special_tokens=["[EOS]"], initial_alphabet=alphabet))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="[EOS]")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "whole", "learned"),
+    [
+        ("Q: A:", "yes", "Q: A: yes", " yes"),
+        ("Q: A:", " yes", "Q: A: yes", " yes"),
+        ("Q: A: ", "yes", "Q: A: yes", " yes"),  # the space is of the word's token
+        ("Q: A:\n", "yes", "Q: A:\nyes", "yes"),
+        ("Q: A:", "\nyes\n", "Q: A:\nyes\n", "\nyes\n"),
+        ("  Q: A:  ", "  yes", "  Q: A:    yes", None),
+        ("日本", "語", "日本 語", " 語"),
+    ],
+)
+def test_a_prompt_and_its_completion_are_joined_as_they_stand(prompt: str, completion: str, whole: str, learned: str | None) -> None:
+    tokenizer = byte_pairs()
+    (row,) = tokens_of("", rows=[{"prompt": prompt, "completion": completion}], tokenizer=tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == f"{whole}[EOS]"
+    assert row["input_ids"] == [*tokenizer(whole)["input_ids"], tokenizer.eos_token_id]  # no token that the text has not
+    if learned is not None:
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]) == f"{learned}[EOS]"
+
+
+def test_long_prompts_are_cut_from_the_left_and_completions_kept() -> None:
+    rows = [{"prompt": "w1 w2 w3 w4", "completion": "w5 w6"}]
+    ids = {limit: tokens_of("", Lengths(limit), rows, trainable.tokenizer("bert"))[0] for limit in (2, 3, 4, 5, 7, 8, 20)}
+    assert {limit: row["input_ids"] for limit, row in ids.items()} == {
+        2: [2, 10],
+        3: [2, 10, 11],
+        4: [2, 10, 11, 4],
+        5: [2, 9, 10, 11, 4],
+        7: [2, 7, 8, 9, 10, 11, 4],
+        8: [2, 6, 7, 8, 9, 10, 11, 4],
+        20: [2, 6, 7, 8, 9, 10, 11, 4],
+    }
+    assert all(row["labels"][0] == -100 and row["labels"][-1] == row["input_ids"][-1] for row in ids.values())
+    with pytest.raises(InvalidArgument, match="1 of 1 rows are longer than max_length = 7"):
+        tokens_of("", Lengths(7, truncation=False), rows, trainable.tokenizer("bert"))
+
+
+USER, ASSISTANT = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ([USER], "the last of 1 messages has the role 'user'; expected 'assistant'"),
+        ([ASSISTANT], "after the messages that it answers"),
+        ([USER, "w2"], "message 2 is a str, expected a mapping"),
+        ([USER, {"role": "assistant"}], "message 2: content is missing"),
+        ([USER, {"role": "assistant", "content": None}], "content is nothing, expected a text"),
+        ([{"from": "human", "value": "w1"}, ASSISTANT], "message 1: role is missing"),
+        ([{"role": "user", "content": [{"type": "text", "text": "w1"}]}, ASSISTANT], "content is a list"),
+        ([USER, {"role": "assistant", "content": "\ud800"}], "is not plain text"),
+        ([{**USER, "seen": {1, 2}}, ASSISTANT], "is not plain text and JSON"),
+        ([{"role": "wizard", "content": "w1"}, ASSISTANT], "the chat template refuses the chat that ends in 'w2': no turn for wizard"),
+        ("w1", "holds a str, expected a list of messages"),
+        ([], "no row with everything"),
+        ([USER, {"role": "assistant", "content": " "}], "no row with everything"),
+    ],
+)
+def test_a_malformed_chat_is_one_line(cell: Any, says: str, here: Path) -> None:
+    good = [] if "no row" in says else [{"messages": [USER, ASSISTANT]}]
+    with pytest.raises(SternaError, match=says.replace("[", r"\[")) as caught:
+        tokens_of("chatting", rows=[*good, {"messages": cell}])
+    assert len(str(caught.value).splitlines()) == 1
+    if good and "template" not in says:
+        assert "the given rows, row 2: 'messages'" in str(caught.value)
+
+
+def test_a_tokenizer_without_a_template_and_a_template_that_rewrites(here: Path) -> None:
+    with pytest.raises(SternaError, match=r"data\.train: the rows are chats, and the tokenizer has no chat template"):
+        run(model="llama", task="causal-lm", data={"train": "chats.jsonl"})
+    tokenizer = trainable.tokenizer("llama")
+    tokenizer.chat_template = "{{ messages | length }} {{ messages[-1].content }}"
+    with pytest.raises(InvalidArgument, match="writes the messages otherwise once they are answered"):
+        tokens_of("", rows=trainable.chats(2), tokenizer=tokenizer)
+
+
+def test_chats_of_every_kind_of_file_are_the_same(here: Path) -> None:
+    import datasets
+
+    rows = trainable.chats(12)
+    rows[0]["messages"].insert(0, {"role": "user", "content": "w3", "name": "someone"})  # Parquet then has the key everywhere
+    trainable.save_jsonl(Path("rows.jsonl"), rows)
+    datasets.Dataset.from_list(rows).to_parquet("rows.parquet")
+    digests = set()
+    for given in ("rows.jsonl", "rows.parquet"):
+        faults = Faults()
+        found = load_data(Data(train=given), "causal-lm", faults)
+        assert not faults.found
+        assert found is not None
+        digests.add(found.digest())
+    assert len(digests) == 1
 
 
 def test_metrics_against_references() -> None:
@@ -434,20 +586,30 @@ def test_interrupt_says_how_to_go_on(here: Path) -> None:
     assert set(load_file(next(last.folder.glob("*.safetensors"))))
 
 
-@pytest.mark.parametrize("method", [{"name": "lora", "lora_dropout": 0.2, "target_modules": ["query"]}, {"name": "hiwi", "rank": 2}, "head"], ids=str)
-def test_an_interrupted_call_goes_on_to_the_same_bytes(method: Any, here: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ({"name": "lora", "lora_dropout": 0.2, "target_modules": ["query"]}, {}),
+        ({"name": "hiwi", "rank": 2}, {}),
+        ("head", {}),
+        ({"name": "pafi", "density": 0.05}, TASKS["completions"]),
+        ({"name": "lora", "lora_dropout": 0.2, "target_modules": "all-linear"}, TASKS["chats"]),
+    ],
+    ids=str,
+)
+def test_an_interrupted_call_goes_on_to_the_same_bytes(method: Any, fields: dict[str, Any], here: Path) -> None:
     def stop(step: str, done: int, total: int, unit: str, note: str = "") -> None:
         if step == "training" and done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="goes on from step 2"):
-        train(config(method), progress=stop)
+        train(config(method, **fields), progress=stop)
     said: list[tuple[int, str]] = []
-    train(config(method), progress=lambda step, done, total, unit, note="": said.append((done, note)) if step == "training" else None)
+    train(config(method, **fields), progress=lambda step, done, total, unit, note="": said.append((done, note)) if step == "training" else None)
     assert said[0][0] == 2
     assert said[-1][0] == 6
     assert said[-1][1].startswith("loss ")
-    run(method, output="whole")
+    run(method, output="whole", **fields)
     assert Path("out.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 

@@ -25,6 +25,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     for kind, name in (("bert", "encoder"), ("llama", "language-model"), ("t5", "t5")):
         trainable.save_base(kind, folder / name)
+    trainable.save_chatting(folder / "instructed", folder / "language-model")
+    trainable.save_jsonl(folder / "answers.jsonl", [{"question": row["prompt"], "answer": row["completion"]} for row in trainable.completions(40)])
+    trainable.save_jsonl(folder / "chats.jsonl", trainable.chats(40))
     trainable.save_csv(folder / "news.csv", 40)
     trainable.save_csv(folder / "test.csv", 10, seed=1)
     (folder / "dialogue.txt").write_text("\n".join(row["text"] for row in trainable.rows(40)))
@@ -43,7 +46,7 @@ def sterna(*words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert left.value.code == 0
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[yaml.safe_load(example)["task"] for example in EXAMPLES])
+@pytest.mark.parametrize("example", EXAMPLES, ids=[yaml.safe_load(example)["output"] for example in EXAMPLES])
 def test_the_config_of_each_task(example: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     said = yaml.safe_load(example)

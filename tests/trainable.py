@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,11 @@ import sterna
 
 WORDS = [f"w{i}" for i in range(34)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no turn for ' + m.role) }}{% endif %}"
+    "{{ 'w30' if m.role == 'user' else 'w31' }} {{ m.content }} [EOS] {% endfor %}{% if add_generation_prompt %}w31 {% endif %}"
+)
+"""A chat template in the words of the vocabulary: w30 begins a turn of the user, w31 one of the assistant, [EOS] ends both."""
 
 
 def tokenizer(kind: str) -> Any:
@@ -35,9 +41,9 @@ def tokenizer(kind: str) -> Any:
 
 
 def save_base(kind: str, folder: Path) -> Path:
-    """A bare encoder ("bert"), a causal LM ("llama") or a T5 ("t5"), with weights of a seed, and its tokenizer."""
+    """A bare encoder ("bert"), a causal LM ("llama", "gpt2") or a T5 ("t5"), with weights of a seed, and its tokenizer."""
     torch.manual_seed(0)
-    model: Any = {"bert": models.bert_encoder, "llama": models.llama, "t5": models.t5}[kind]()
+    model: Any = {"bert": models.bert_encoder, "llama": models.llama, "gpt2": models.gpt2, "t5": models.t5}[kind]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) / 16)
@@ -64,6 +70,33 @@ def save_csv(path: Path, count: int, seed: int = 0) -> Path:
         writer.writeheader()
         writer.writerows(rows(count, seed))
     return path
+
+
+def completions(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Prompts of one to six words; the completion is the last of them, and a word that it decides."""
+    draw = random.Random(seed)
+    prompts = [draw.choices(WORDS[:24], k=draw.randint(1, 6)) for _ in range(count)]
+    return [{"prompt": " ".join(words), "completion": f"{words[-1]} w{24 + WORDS.index(words[-1]) % 4}"} for words in prompts]
+
+
+def chats(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The same as a turn of the user and one of the assistant."""
+    turns = [(row["prompt"], row["completion"]) for row in completions(count, seed)]
+    return [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]} for prompt, answer in turns]
+
+
+def save_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def save_chatting(folder: Path, base: Path) -> Path:
+    """A model whose tokenizer has a chat template."""
+    transformers.AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    made = tokenizer("llama")
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder)
+    return folder
 
 
 def save_experts(folder: Path, tasks: Mapping[str, str]) -> None:

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sterna.commands.rows import BatchSize, Dtype, LabelColumn, MaxLength, PairColumn, TargetColumn, TaskOption, TextColumn, check_task, need_scoring
+from sterna.commands.rows import (
+    BatchSize,
+    Dtype,
+    LabelColumn,
+    MaxLength,
+    PairColumn,
+    TargetColumn,
+    TargetMaxLength,
+    TaskOption,
+    TextColumn,
+    check_task,
+    need_scoring,
+)
 from sterna.commands.shared import Json, by_task, print_json, progress_bar, refuse_unwritable, warn
 from sterna.errors import InvalidArgument
 
@@ -17,7 +29,7 @@ if TYPE_CHECKING:
 
 DATA_HELP = "Rows: .csv, .tsv, .jsonl, .parquet, .txt, or a hub id. Given again as TASK=FILE: several tasks, each with the experts named for it."
 TUNED_HELP = "The tuned model's folder, a PEFT folder, or an exact expert, to hold the experts against; TASK=DIR where there are several tasks."
-METRIC_HELP = "accuracy, macro_f1, matthews, spearman, perplexity, rougeL, ... or package.module:function. May be given again."
+METRIC_HELP = "accuracy, macro_f1, matthews, spearman, perplexity, rougeL, exact_match, ... or package.module:function. May be given again."
 CONTROLS_HELP = (
     "Add other ways to store the tuned model: pruned, rounded, BitDelta, DARE, ...; a fifth of the rows is kept apart to choose a scale on."
 )
@@ -39,7 +51,7 @@ def evaluate(
     label_column: LabelColumn = None,
     target_column: TargetColumn = None,
     max_length: MaxLength = None,
-    target_max_length: Annotated[int, typer.Option(min=2, help="Tokens of a generated text at most.")] = 64,
+    target_max_length: TargetMaxLength = 64,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows to use, each label in proportion.", show_default="all")] = None,
     batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of rows.")] = 0,

@@ -30,6 +30,9 @@ def report(
     label_column: LabelColumn = None,
     target_column: TargetColumn = None,
     max_length: MaxLength = None,
+    target_max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a generated text at most.", show_default="64, or as the run says")
+    ] = None,
     controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Other ways to store the tuned model beside the experts.")] = True,
     repeats: Annotated[int, typer.Option(min=3, help="How often each time is taken.")] = 15,
     lang: Annotated[str, typer.Option("--lang", metavar="en|ja", help="The language that the page opens in; it holds both.")] = "en",
@@ -47,6 +50,7 @@ def report(
     refuse_unwritable(output)
     columns = {"text": text_column, "text_pair": pair_column, "label": label_column, "target": target_column}
     options: dict[str, Any] = {"metric": metric, "rows": rows, "max_length": max_length, "warn": warn, **columns}
+    options |= {"target_max_length": target_max_length} if target_max_length is not None else {}
     rows_of, tuned_of = by_task(data, "--data") if data else None, by_task(tuned, "--tuned") if tuned else None
     found = None
     if any(path.is_dir() for path in what):

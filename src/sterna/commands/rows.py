@@ -14,7 +14,10 @@ TaskOption = Annotated[
     str | None, typer.Option(metavar="TASK", help="classification, regression, causal-lm or seq2seq.", show_default="by the experts or the data")
 ]
 TextColumn = Annotated[
-    str | None, typer.Option("--text-column", "--text", metavar="NAME", help="The column of the text.", show_default="by usual names")
+    str | None,
+    typer.Option(
+        "--text-column", "--text", metavar="NAME", help="The column of the text, of the prompt, or of chats.", show_default="by usual names"
+    ),
 ]
 PairColumn = Annotated[
     str | None, typer.Option("--pair-column", "--pair", metavar="NAME", help="The column of a second text.", show_default="by usual names")
@@ -23,9 +26,13 @@ LabelColumn = Annotated[
     str | None, typer.Option("--label-column", "--label", metavar="NAME", help="The column of the label.", show_default="by usual names")
 ]
 TargetColumn = Annotated[
-    str | None, typer.Option("--target-column", "--target", metavar="NAME", help="The column of the target text.", show_default="by usual names")
+    str | None,
+    typer.Option(
+        "--target-column", "--target", metavar="NAME", help="The column of the target text, or of the completion.", show_default="by usual names"
+    ),
 ]
-MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128 or 256")]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of a text at most.", show_default="128, 256 or 1024")]
+TargetMaxLength = Annotated[int, typer.Option(min=2, help="Tokens of a generated text at most.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows that are run at once.")]
 Dtype = Annotated[str, typer.Option(help="What the base is loaded in: fp32, bf16 or fp16.")]
 

@@ -35,7 +35,7 @@ def tables(result: Evaluated, console: Console) -> Iterator[RenderableType]:
 
 
 def _heading(task: TaskScores, base: str) -> str:
-    unit = "blocks of text" if task.task == "causal-lm" else "rows"
+    unit = "blocks of text" if task.packed else "rows"
     what = f"{task.task} in {len(task.classes)} classes" if task.classes else task.task
     name = f"{task.name}: " if task.name else ""
     heads = {"own": "", "new": ", with a new head that knows nothing"}

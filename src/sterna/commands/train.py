@@ -30,10 +30,24 @@ def train(
     task: Annotated[
         str | None, typer.Option(metavar="TASK", help="classification, regression, causal-lm or seq2seq.", show_default="by the data")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the text.", show_default="by usual names")] = None,
-    pair_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of a second text.", show_default=False)] = None,
-    label_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the label.", show_default="by usual names")] = None,
-    target_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column of the target text.", show_default="by usual names")] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            "--text-column", "--text", metavar="NAME", help="The column of the text, of the prompt, or of chats.", show_default="by usual names"
+        ),
+    ] = None,
+    pair_column: Annotated[
+        str | None, typer.Option("--pair-column", "--pair", metavar="NAME", help="The column of a second text.", show_default=False)
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label-column", "--label", metavar="NAME", help="The column of the label.", show_default="by usual names")
+    ] = None,
+    target_column: Annotated[
+        str | None,
+        typer.Option(
+            "--target-column", "--target", metavar="NAME", help="The column of the target text, or of the completion.", show_default="by usual names"
+        ),
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text at most.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help=METHOD_HELP, show_default="pafi")] = None,
     density: Annotated[float | None, typer.Option(help=DENSITY_HELP, show_default="0.005 or 0.1")] = None,

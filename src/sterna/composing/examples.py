@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from sterna.training.errors import Faults
 from sterna.training.evaluation import Evaluation, evaluation, outputs
 from sterna.training.methods import head_names
 from sterna.training.models import DTYPES, length_limit, load_model, load_tokenizer, model_folder
-from sterna.training.plan import MAX_LENGTH
+from sterna.training.plan import usual_length
 from sterna.training.tasks import TaskName
 from sterna.training.tokens import Lengths
 
@@ -120,10 +121,11 @@ def compose_examples(
     folder = model_folder(os.fspath(base))
     read = _read(said, task)
     tokenizer = load_tokenizer(folder)
-    lengths = Lengths(length_limit(folder, tokenizer, max_length or MAX_LENGTH[task]))
-    shots = evaluation(tokenizer, read.train, task, replace(lengths, target=1))  # nothing is generated while searching
+    length, limit = (length_limit(folder, tokenizer, wanted) for wanted in (max_length or usual_length(task, read.train), sys.maxsize))
+    lengths = Lengths(length, limit=limit)
+    shots = evaluation(tokenizer, read.train, task, lengths)
     held = evaluation(tokenizer, read.test, task, lengths) if read.test is not None else None
-    chosen = metric_of(metric, task)
+    chosen = metric_of(metric, task, answered=read.train.answers is not None)
     torch.manual_seed(seed)  # before a head is drawn
     model = load_model(folder, task, tokenizer, read.classes or None, DTYPES[dtype])
     score = _scorer(model, shots, task, len(read.classes) or None)
@@ -182,7 +184,7 @@ def _scorer(model: Any, shots: Evaluation, task: TaskName, classes: int | None) 
         return lambda: fit_head(model, shots, classes).score
 
     def likelihood() -> float:
-        found = outputs(shots, model)
+        found = outputs(shots, model, write=False)
         assert found.nats is not None
         assert found.tokens is not None
         return -float(found.nats.sum() / found.tokens.sum())

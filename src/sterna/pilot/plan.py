@@ -62,6 +62,7 @@ class TaskPlan(Section):
     target: str | None = None
     metric: str | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
+    target_max_length: Annotated[int, Field(ge=2)] = 64
     rows: Count | None = None
     test_rows: Count | None = None
 
@@ -184,14 +185,16 @@ def _check_tuned(task: TaskPlan, where: str, base: Path | None, faults: Faults) 
 
 def _check_rows(task: TaskPlan, where: str, faults: Faults) -> None:
     kind: TaskName = task.task or "classification"
+    answered = True
     for field, files in (("data", task.data), ("test", task.test)):
         if isinstance(files, list):
             with faults.at(f"{where}.{field}"):
                 table = table_of(files)
                 if task.task is not None:
-                    examples_of(table, kind, task.text, task.label, task.text_pair, task.target)
+                    examples, _ = examples_of(table, kind, task.text, task.label, task.text_pair, task.target)
+                    answered = examples.answers is not None
     if task.metric is not None and (task.task is not None or ":" in task.metric):
         try:
-            metric_of(task.metric, kind)
+            metric_of(task.metric, kind, answered=answered)
         except SternaError as error:
             faults.add(f"{where}.metric", str(error))

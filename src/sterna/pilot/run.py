@@ -155,7 +155,9 @@ class _Benches:
     def _opened(self) -> tuple[Bench, Bench]:
         if self._both is None:
             task = self._task
-            options: dict[str, Any] = {name: getattr(task, name) for name in ("task", "text", "text_pair", "label", "target", "metric", "max_length")}
+            options: dict[str, Any] = {
+                name: getattr(task, name) for name in ("task", "text", "text_pair", "label", "target", "metric", "max_length", "target_max_length")
+            }
             options |= {"like": self._tuned, "seed": self._plan.seed, "warn": self._warn}
             first = open_bench(self._plan.model, task.data, rows=task.rows, **options)
             if isinstance(task.test, float):

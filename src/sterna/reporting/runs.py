@@ -45,9 +45,8 @@ def subject_of_run(path: Path, base: str | None, data: Any, tuned: Any, controls
     trained = folder.trained.with_name("merged") if folder.trained.with_name("merged").is_dir() else folder.trained
     named = {name: getattr(config.data, name) for name in ("text", "text_pair", "label", "target")}
     rows, columns = (data, named) if data is not None else _held_out(config)
-    chosen = {"task": config.task, "max_length": config.data.max_length, **columns} | {
-        name: value for name, value in options.items() if value is not None
-    }
+    lengths = {"max_length": config.data.max_length, "target_max_length": config.data.target_max_length}
+    chosen = {"task": config.task, **lengths, **columns} | {name: value for name, value in options.items() if value is not None}
     source = tuned or (trained if trained.is_dir() else None)
     return Subject(str(task or file.stem), opener(found, rows, [source or expert], chosen), expert, file.stem, source, controls=controls)
 
@@ -109,7 +108,10 @@ def _held_out(config: TrainingConfig) -> tuple[list[dict[str, Any]], dict[str, A
     if split is None:
         raise NotFound("the training held no rows out; give test rows with --data")
     answers = [data.classes[int(one)] for one in split.answers] if data.classes and split.answers else split.answers
-    return _rows(split, answers), {"text": "text", "text_pair": "pair" if split.pairs else None, "label": None, "target": None}
+    if split.chats is not None:
+        return [{"chat": chat} for chat in split.chats], {"text": "chat", "text_pair": None, "label": None, "target": None}
+    target = "target" if task == "causal-lm" and split.answers is not None else None
+    return _rows(split, answers), {"text": "text", "text_pair": "pair" if split.pairs else None, "label": None, "target": target}
 
 
 def _rows(split: Examples, answers: Any) -> list[dict[str, Any]]:

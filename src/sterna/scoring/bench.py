@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from sterna.live.patch import attached
 from sterna.needs import needed, quiet
 from sterna.progress import Progress, silent
 from sterna.scoring.labels import class_names, columns_in_order, generic, is_generic, numbered
-from sterna.scoring.metrics import Choice, measured, metric_of
+from sterna.scoring.metrics import Choice, measured, metric_of, writes
 from sterna.scoring.outcome import Outcome as Outcome
 from sterna.scoring.purpose import Purpose, of_adapter, of_expert, of_folder, task_by_data
 from sterna.scoring.rows import Rows, classes_of_labels, examples_of, refuse_one_class, table_of
@@ -29,7 +30,7 @@ from sterna.training.evaluation import Evaluation, Outputs, evaluation, outputs
 from sterna.training.methods import head_names
 from sterna.training.metrics import Metric
 from sterna.training.models import DTYPES, length_limit, load_model, load_settings, load_tokenizer, model_folder
-from sterna.training.plan import MAX_LENGTH
+from sterna.training.plan import usual_length
 from sterna.training.tasks import TaskName
 from sterna.training.tokens import Lengths, collator, refuse_foreign
 
@@ -71,11 +72,11 @@ class Bench:
         `head` chooses among the heads of a merged expert; `metric` is the bench's own by default.
         Raises what `attach` does, InvalidArgument for classes that do not fit the rows, InvalidFile, BadMetric.
         """
-        return self.outcome(self.outputs(candidate, head=head, progress=progress), metric)
+        return self.outcome(self.outputs(candidate, head=head, metrics=[metric] if metric is not None else None, progress=progress), metric)
 
     def run_live(self, model: Any = None, progress: Progress = silent) -> Outcome:
         """Score the live model as it is now, or another live model of the same task."""
-        return self.outcome(self._outputs(self.model if model is None else model, "the model", progress))
+        return self.outcome(self._outputs(self.model if model is None else model, "the model", None, progress))
 
     def loss(self, model: Any, place: int) -> torch.Tensor:
         """A live model's loss on one row, with its gradients: cross-entropy of the label or the mean one of the tokens, or the squared error."""
@@ -92,10 +93,18 @@ class Bench:
         order = self._columns(model, logits.shape[1], "the model")
         return torch.nn.functional.cross_entropy(logits if order is None else logits[:, order], labels)
 
-    def outputs(self, candidate: Candidate = None, *, head: str | None = None, progress: Progress = silent, step: str | None = None) -> Outputs:
-        """What a candidate gives for every row: to be scored by more than one metric with `outcome`."""
+    def outputs(
+        self,
+        candidate: Candidate = None,
+        *,
+        head: str | None = None,
+        metrics: Sequence[Metric] | None = None,
+        progress: Progress = silent,
+        step: str | None = None,
+    ) -> Outputs:
+        """What a candidate gives for every row: to be scored with `outcome` by each of `metrics` (the bench's own), for which texts are written."""
         with self.wearing(candidate, head=head) as model:
-            return self._outputs(model, name_of(candidate), progress, step)
+            return self._outputs(model, name_of(candidate), metrics, progress, step)
 
     @contextlib.contextmanager
     def wearing(self, candidate: Candidate = None, *, head: str | None = None) -> Iterator[Any]:
@@ -118,33 +127,28 @@ class Bench:
         return Outcome(chosen, chosen.factor * value.value, value.evidence, value.right)
 
     def rows(self, places: Sequence[int]) -> Bench:
-        """The same on some of the rows, by their places; of language modelling, blocks of text. Raises InvalidArgument for none."""
+        """The same on some of the rows, by their places; of plain text, its blocks. Raises InvalidArgument for none."""
         if not len(places):
             raise InvalidArgument("no row is chosen; expected one or more")
-        before = self.evaluation
-        examples = before.examples if self.task == "causal-lm" else before.examples.taken(places)
-        return replace(self, evaluation=replace(before, examples=examples, rows=[before.rows[place] for place in places]))
+        return replace(self, evaluation=self.evaluation.taken(places))
 
     def split(self, share: float = 0.5, seed: int = 0) -> tuple[Bench, Bench]:
         """Two benches over disjoint rows, the first with `share` of them, each label in proportion; for selection and test.
 
         Raises InvalidArgument where one of them would be empty.
         """
-        examples = self.evaluation.examples
-        order = shuffled(examples.taken([0] * len(self)) if self.task == "causal-lm" else examples, self.task, seed)
+        order = self.evaluation.shuffled(seed)
         first = round(share * len(order))
         if not 0 < first < len(order):
             raise InvalidArgument(f"{len(order)} rows cannot be split into {share:g} and the rest: one part would be empty; give more rows")
         return self.rows(sorted(order[:first])), self.rows(sorted(order[first:]))
 
-    def _outputs(self, model: Any, who: str, progress: Progress, step: str | None = None) -> Outputs:
-        found = outputs(self.evaluation, model, progress, step or f"evaluating {who}")
+    def _outputs(self, model: Any, who: str, metrics: Sequence[Metric] | None, progress: Progress, step: str | None = None) -> Outputs:
+        found = outputs(self.evaluation, model, progress, step or f"evaluating {who}", write=any(map(writes, metrics or [self.metric])))
         if self.task != "classification":
             return found
         assert found.logits is not None
-        config: Any = getattr(model, "config", None)
-        names = class_names(config.to_dict()) if hasattr(config, "to_dict") else None
-        order = columns_in_order(names, self.head, found.logits.shape[1], who)
+        order = self._columns(model, found.logits.shape[1], who)
         return found if order is None else replace(found, logits=found.logits[:, order])
 
     def _columns(self, model: Any, outputs: int, who: str) -> list[int] | None:
@@ -235,7 +239,7 @@ def open_bench(
     wanted = next((purpose for purpose in purposes if purpose.task or purpose.head), Purpose())
     table = table_of(data)
     own = of_folder(folder)
-    chosen: TaskName = task or wanted.task or task_by_data(own, table)
+    chosen: TaskName = task or wanted.task or task_by_data(own, table, target)
     examples, dropped = examples_of(table, chosen, text, label, text_pair, target)
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -250,8 +254,9 @@ def open_bench(
         examples = replace(examples, answers=answers)
     if rows is not None and rows < len(examples):
         examples = examples.taken(shuffled(examples, chosen, seed)[:rows])
-    scored_by = metric_of(metric, chosen)
-    lengths = Lengths(length_limit(folder, tokenizer, max_length or MAX_LENGTH[chosen]), target_max_length)
+    scored_by = metric_of(metric, chosen, answered=examples.answers is not None)
+    length, limit = (length_limit(folder, tokenizer, wanted) for wanted in (max_length or usual_length(chosen, examples), sys.maxsize))
+    lengths = Lengths(length, target_max_length, limit=limit)
     prepared = evaluation(tokenizer, examples, chosen, lengths, batch)
     refuse_foreign(prepared.rows, settings)
     torch.manual_seed(seed)  # before a head is drawn

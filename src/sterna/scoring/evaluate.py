@@ -26,7 +26,6 @@ from sterna.sources.adapter import is_adapter, read_adapter
 from sterna.sources.checkpoint import open_checkpoint, resolve
 from sterna.sources.pairing import pair
 from sterna.summary import inspect
-from sterna.training.data import shuffled
 from sterna.training.metrics import Metric
 from sterna.training.plan import versions
 from sterna.training.tasks import TaskName
@@ -235,8 +234,8 @@ def _check(plan: _Plan, bench: Bench) -> None:
         if bench.task == "classification" and purpose.classes is not None:
             columns_in_order(purpose.classes, bench.head, len(purpose.classes), model.name)
     if own := [metric for metric in metrics if metric.function is not None]:
-        few = bench.rows(shuffled(bench.evaluation.examples, bench.task, 0)[:PROBED])
-        found = few.outputs()
+        few = bench.rows(bench.evaluation.shuffled(0)[:PROBED])
+        found = few.outputs(metrics=own)
         for metric in own:
             measured(metric, few.evaluation, found, few.classes)
 
@@ -251,7 +250,8 @@ def _refuse_stranger(base: Path, folder: Path) -> None:
 
 
 def _metrics(plan: _Plan, bench: Bench) -> tuple[Metric, ...]:
-    return tuple({metric.name: metric for metric in (metric_of(given, bench.task) for given in plan.metrics)}.values())
+    answered = bench.evaluation.examples.answers is not None
+    return tuple({metric.name: metric for metric in (metric_of(given, bench.task, answered=answered) for given in plan.metrics)}.values())
 
 
 def _scores(plan: _Plan, bench: Bench, warn: Callable[[str], None], progress: Progress) -> TaskScores:
@@ -264,7 +264,7 @@ def _scores(plan: _Plan, bench: Bench, warn: Callable[[str], None], progress: Pr
     def run(model: Model | None) -> Entry:
         head = plan.head_of(model) if model is not None else None
         called = "base" if model is None else model.name
-        found = bench.outputs(model.source if model else None, head=head, progress=progress, step=f"{name}: {called}")
+        found = bench.outputs(model.source if model else None, head=head, metrics=metrics, progress=progress, step=f"{name}: {called}")
         outcomes = {metric.name: bench.outcome(found, metric) for metric in metrics}
         detail = {"head": head} if head is not None else {}
         return Entry(called, "base" if model is None else model.kind, None if model is None else model.bytes, outcomes, detail)
@@ -285,6 +285,7 @@ def _scores(plan: _Plan, bench: Bench, warn: Callable[[str], None], progress: Pr
         entries=tuple(entries),
         reference=own[0] if own else None,
         selection=len(selection) if selection is not None else 0,
+        packed=bench.evaluation.packed,
     )
 
 
@@ -297,14 +298,15 @@ def _controls(plan: _Plan, bench: Bench, selection: Bench, metrics: Sequence[Met
     density = next((found.density for found in facts if found.density is not None), DENSITY)
 
     def rank(expert: Expert) -> float:
-        value = selection.outcome(selection.outputs(expert, progress=progress, step=f"{name}: choosing a scale"), metrics[0]).value
+        found = selection.outputs(expert, metrics=metrics[:1], progress=progress, step=f"{name}: choosing a scale")
+        value = selection.outcome(found, metrics[0]).value
         return value if metrics[0].higher_is_better else -value
 
     vector = TunedVector.of(bench.base, tuned, progress)
     with tempfile.TemporaryDirectory(prefix="sterna-") as folder:
         wanted = [control for control in TITLES if control != "compeft" or not facts]
         for control in controls(vector, folder, density=density, alpha=ALPHA, names=wanted, rank=rank):
-            found = bench.outputs(control.expert, progress=progress, step=f"{name}: {control.title}")
+            found = bench.outputs(control.expert, metrics=metrics, progress=progress, step=f"{name}: {control.title}")
             yield Entry(
                 control.title, "control", control.bytes, {metric.name: bench.outcome(found, metric) for metric in metrics}, dict(control.detail)
             )

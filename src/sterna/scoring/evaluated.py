@@ -34,8 +34,8 @@ class Entry:
 class TaskScores:
     """All models on the rows of one task. `entries` begin with the base; `reference` names the model that others are held against beside the base.
 
-    `name` is empty where there is one task only; `head_from` says whose head the base has: "own", "new", or a model's name. `selection` more rows
-    were kept apart, to choose the scale of a control on.
+    `name` is empty where there is one task only; `packed` is true where rows are blocks of plain text. `head_from` says whose head the base has:
+    "own", "new", or a model's name. `selection` more rows were kept apart, to choose the scale of a control on.
     """
 
     name: str
@@ -49,6 +49,7 @@ class TaskScores:
     entries: tuple[Entry, ...]
     reference: str | None
     selection: int = 0
+    packed: bool = False
 
     def entry(self, name: str) -> Entry:
         """Raises InvalidArgument, with the names that there are."""

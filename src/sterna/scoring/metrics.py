@@ -20,13 +20,18 @@ from sterna.training.evaluation import Evaluation, Outputs
 from sterna.training.metrics import Metric
 from sterna.training.tasks import TaskName
 
+OF_TEXTS = ("rougeL", "rouge1", "rouge2", "exact_match", "token_f1", "bleu", "chrf")
+"""The metrics of texts that a model writes."""
+OF_TOKENS = ("perplexity", "loss")
+"""The metrics of a text's tokens as they stand, for which nothing is written."""
+
 BY_TASK: dict[TaskName, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "matthews", "loss"),
     "regression": ("spearman", "pearson", "mse"),
-    "causal-lm": ("perplexity", "loss"),
-    "seq2seq": ("rougeL", "rouge1", "rouge2", "exact_match", "token_f1", "bleu", "chrf", "perplexity", "loss"),
+    "causal-lm": (*OF_TOKENS, *OF_TEXTS),
+    "seq2seq": (*OF_TEXTS, *OF_TOKENS),
 }
-"""The metrics of each task by name; the first is the task's own where none is asked for."""
+"""The metrics of each task by name; the first is the task's own where none is asked for. Plain text has no answers to hold texts against."""
 
 
 Choice = str | Callable[[Any, Any], Any] | Metric
@@ -45,29 +50,43 @@ class BadMetric(SternaError, ValueError):
     """A person's own metric that raises, or gives something other than a finite number."""
 
 
-def metric_of(given: Choice | None, task: TaskName) -> Metric:
+def metric_of(given: Choice | None, task: TaskName, *, answered: bool = True) -> Metric:
     """The metric of that name, of the import path "package.module:function", or of a function; without one, the task's own.
 
-    Raises InvalidArgument for a name that the task does not have (with those that it has), and for what cannot be imported or called.
+    `answered` is false for rows of plain text. Raises InvalidArgument for a name that the task does not have (with those that it has), for what
+    cannot be imported or called, and for a metric of texts where none are wanted.
     """
     if isinstance(given, Metric):
-        return given
+        return _refused_unanswered(given, answered)
     if callable(given):
-        return _own(given, f"{getattr(given, '__module__', '')}:{getattr(given, '__qualname__', type(given).__name__)}", task)
+        own = _own(given, f"{getattr(given, '__module__', '')}:{getattr(given, '__qualname__', type(given).__name__)}")
+        return _refused_unanswered(own, answered)
     names = BY_TASK[task]
     name = names[0] if given is None else given
     if ":" in name:
-        return _own(_imported(name), name, task)
+        return _refused_unanswered(_own(_imported(name), name), answered)
     if name not in names:
         alike = near(name, names)
         meant = f"did you mean {alike[0]!r}? " if alike else ""
         raise InvalidArgument(f"metric is {name!r}; {meant}{task} has {', '.join(names)}; a function of yours is package.module:function")
-    return metrics.METRICS[name]
+    return _refused_unanswered(metrics.METRICS[name], answered)
 
 
-def _own(function: Callable[[Any, Any], Any], name: str, task: TaskName) -> Metric:
-    if task == "causal-lm":
-        raise InvalidArgument(f"metric is {name!r}, a function of predictions and answers; causal-lm has neither, expected perplexity or loss")
+def writes(metric: Metric) -> bool:
+    """Whether the metric is of texts, where a model writes any: the long part of a run, which is left out where no metric needs it."""
+    return metric.function is not None or metric.name in OF_TEXTS
+
+
+def _refused_unanswered(metric: Metric, answered: bool) -> Metric:
+    if not answered and writes(metric):
+        raise InvalidArgument(
+            f"metric is {metric.name!r}, which holds texts that the model writes against wanted ones, and plain text has none: expected rows with a "
+            f"target (--target NAME; the columns prompt and completion; or chats in messages), or {' or '.join(OF_TOKENS)}"
+        )
+    return metric
+
+
+def _own(function: Callable[[Any, Any], Any], name: str) -> Metric:
     title = str(getattr(function, "title", name.rpartition(":")[2]))
     return Metric(name, title, bool(getattr(function, "higher_is_better", True)), bool(getattr(function, "points", False)), function)
 
@@ -94,7 +113,7 @@ def _imported(path: str) -> Callable[[Any, Any], Any]:
 def measured(metric: Metric, prepared: Evaluation, found: Outputs, classes: Sequence[str]) -> Measured:
     """The metric over what a model gave for the rows of an evaluation. Raises BadMetric."""
     if metric.function is not None:
-        return _of_function(metric, *_sides(prepared, found, classes))
+        return _of_function(metric, *_sides(metric, prepared, found, classes))
     answers = prepared.examples.answers or ()
     if found.logits is not None:
         if prepared.task == "regression":
@@ -104,11 +123,10 @@ def measured(metric: Metric, prepared: Evaluation, found: Outputs, classes: Sequ
         assert found.nats is not None
         assert found.tokens is not None
         return _of_tokens(metric.name, found.nats, found.tokens)
-    assert found.texts is not None
-    return _of_texts(metric.name, found.texts, [str(text) for text in answers])
+    return _of_texts(metric.name, _texts(metric, found), prepared.wanted)
 
 
-def _sides(prepared: Evaluation, found: Outputs, classes: Sequence[str]) -> tuple[Any, Any]:
+def _sides(metric: Metric, prepared: Evaluation, found: Outputs, classes: Sequence[str]) -> tuple[Any, Any]:
     """What a person's function gets: what was predicted, and what was wanted."""
     answers = prepared.examples.answers or ()
     if prepared.task == "classification":
@@ -117,7 +135,13 @@ def _sides(prepared: Evaluation, found: Outputs, classes: Sequence[str]) -> tupl
     if prepared.task == "regression":
         assert found.logits is not None
         return found.logits[:, 0].astype(np.float64), np.array(answers, np.float64)
-    return list(found.texts or ()), [str(text) for text in answers]
+    return list(_texts(metric, found)), prepared.wanted
+
+
+def _texts(metric: Metric, found: Outputs) -> tuple[str, ...]:
+    if found.texts is None:
+        raise InvalidArgument(f"metric is {metric.name!r}, and no texts were written; expected it among the metrics that outputs are asked for")
+    return found.texts
 
 
 def _of_function(metric: Metric, predicted: Any, wanted: Any) -> Measured:

@@ -17,7 +17,7 @@ from sterna.scoring.labels import class_names, generic
 from sterna.sources.adapter import CONFIG, read_adapter
 from sterna.sources.checkpoint import open_checkpoint, read_json
 from sterna.sources.names import HEADS
-from sterna.training.data import LABELS
+from sterna.training.data import LABELS, completes
 from sterna.training.tables import Table
 from sterna.training.tasks import TaskName
 
@@ -90,9 +90,9 @@ def _task(architectures: Sequence[Any], config: Mapping[str, Any], classes: Sequ
     return None
 
 
-def task_by_data(base: Purpose, table: Table) -> TaskName:
-    """A label is for classification (regression, where the base is for that); without one the base's own task."""
-    labelled = any(name in table.columns for name in LABELS)
+def task_by_data(base: Purpose, table: Table, target: str | None = None) -> TaskName:
+    """A label is for classification (regression, where the base is for that); without one, or with target texts, the base's own task."""
+    labelled = target is None and not completes(table) and any(name in table.columns for name in LABELS)
     if base.task in ("causal-lm", "seq2seq") and not labelled:
         return base.task
     return "regression" if base.task == "regression" else "classification"

@@ -15,6 +15,7 @@ from typing import Any
 
 from sterna.errors import InvalidArgument, InvalidFile, SternaError
 from sterna.sources.names import near
+from sterna.training.chats import Chat, read_chat
 from sterna.training.config import Data
 from sterna.training.errors import Faults
 from sterna.training.tables import Table, listed, load_table
@@ -25,37 +26,48 @@ PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "q
 LABELS = ("label", "labels", "class", "category", "topic", "score")
 TARGETS = ("target", "summary", "output", "answer", "headline", "response", "completion", "translation")
 """Column names that are taken, in this order, where the config names none."""
+COMPLETIONS, MESSAGES = ("prompt", "completion"), "messages"
+"""TRL's names for rows whose answer a causal language model learns: those of a prompt and a completion, and that of a chat."""
 
 Answers = tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns a task reads: a text, perhaps a second one, and the answer (a label, a number or a target text), if the task has one."""
+    """Which columns a task reads: a text, perhaps a second one, and the answer (a label, a number or a target text), if the task has one.
+
+    `chat` where their cells are lists of messages; then the answer may be the last one in the column of the text.
+    """
 
     text: str
     pair: str | None = None
     answer: str | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The rows of one split. `answers` are class indices, numbers or target texts; None for language modelling. `pairs` are the second texts."""
+    """The rows of one split. `answers` are class indices, numbers or target texts; None for language modelling of plain text.
+
+    `pairs` are the second texts. `chats` are whole conversations: their last messages are the answers, and `texts` those before them.
+    """
 
     texts: tuple[str, ...]
     pairs: tuple[str, ...] | None = None
     answers: Answers | None = None
+    chats: tuple[Chat, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def taken(self, order: Sequence[int]) -> Examples:
         """The rows of these places, in this order."""
-        pairs, answers = self.pairs, self.answers
+        pairs, answers, chats = self.pairs, self.answers, self.chats
         return Examples(
             tuple(self.texts[i] for i in order),
             None if pairs is None else tuple(pairs[i] for i in order),
             None if answers is None else tuple(answers[i] for i in order),  # type: ignore[arg-type]
+            None if chats is None else tuple(chats[i] for i in order),
         )
 
 
@@ -75,7 +87,7 @@ class TaskData:
         """SHA-256 of the class names and of every row in order."""
         whole = hashlib.sha256(json.dumps([self.task, self.classes]).encode())
         for split in (self.train, self.validation, self.test):
-            content = None if split is None else [split.texts, split.pairs, split.answers]
+            content = None if split is None else [split.texts, split.pairs, split.answers, *([split.chats] if split.chats else [])]
             whole.update(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         return whole.hexdigest()
 
@@ -130,32 +142,55 @@ def find_columns(table: Table, data: Data, task: TaskName, faults: Faults) -> Co
     before = len(faults.found)
     there = f"{table.source} has {listed(table.columns)}"
     wanted: dict[str, str | None] = {"text": data.text, "text_pair": data.text_pair, "label": data.label, "target": data.target}
-    answer = {"classification": "label", "regression": "label", "seq2seq": "target"}.get(task)
+    answer = "label" if task in ("classification", "regression") else "target"
     for field, column in wanted.items():
         if column is None:
             continue
         if field in ("label", "target") and field != answer:
-            faults.add(f"data.{field}", f"{column!r} is not used: {task} has {f'a {answer}' if answer else 'neither label nor target'}")
+            faults.add(f"data.{field}", f"{column!r} is not used: {task} has a {answer}")
         elif field == "text_pair" and task in ("causal-lm", "seq2seq"):
             faults.add("data.text_pair", f"{column!r} is not used: {task} has one text")
         elif column not in table.columns:
             alike = near(column, table.columns)
             faults.add(f"data.{field}", f"there is no column {column!r}{f' (near: {alike[0]!r})' if alike else ''}; {there}")
-    text, pair, found = data.text, data.text_pair, None
+    text, pair, found = data.text, data.text_pair, wanted[answer]
+    if task == "causal-lm":
+        text, found = _of_language(table, text, found)
     if text is None and pair is None and task in ("classification", "regression"):
         text, pair = next(((a, b) for a, b in PAIRS if a in table.columns and b in table.columns), (None, None))
     if text is None:
-        text = next((name for name in TEXTS if name in table.columns), None)
+        text = next((name for name in TEXTS if name in table.columns and (task != "causal-lm" or name != found)), None)
     if text is None:
         faults.add("data.text", f"no column goes by a usual name for a text; name one; {there}")
-    if answer is not None:
+    if found is None and task != "causal-lm":
         usual = LABELS if answer == "label" else TARGETS
-        found = wanted[answer] or next((name for name in usual if name in table.columns and name not in (text, pair)), None)
+        found = next((name for name in usual if name in table.columns and name not in (text, pair)), None)
         if found is None:
             faults.add(f"data.{answer}", f"no column goes by a usual name for a {answer}; name one; {there}")
+    if task == "causal-lm" and text is not None and text == found:
+        faults.add("data.target", f"{found!r} is the column of the text too; expected another one")
     if len(faults.found) > before or text is None:
         return None
-    return Columns(text, pair, found)
+    return Columns(text, pair, found, chat=task == "causal-lm" and _holds_lists(table, text))
+
+
+def completes(table: Table) -> bool:
+    """Whether the table has a prompt and a completion, or a chat, by the names that these usually go by."""
+    return all(name in table.columns for name in COMPLETIONS) or (MESSAGES in table.columns and _holds_lists(table, MESSAGES))
+
+
+def _of_language(table: Table, text: str | None, target: str | None) -> tuple[str | None, str | None]:
+    """The columns of prompt and completion; as they are given, where one of them is or the table has neither these nor a chat."""
+    if text is None and target in (None, COMPLETIONS[1]) and all(name in table.columns for name in COMPLETIONS):
+        return COMPLETIONS
+    if text is None and target is None and completes(table):
+        return MESSAGES, None
+    return text, target
+
+
+def _holds_lists(table: Table, column: str) -> bool:
+    """Whether the first cell of a column that holds anything holds a list."""
+    return isinstance(next((cell for row in table.rows if (cell := row.get(column)) is not None), None), list | tuple)
 
 
 def _examples(table: Table, columns: Columns, task: TaskName, known: tuple[str, ...] | None) -> tuple[Examples, int, tuple[str, ...]]:
@@ -182,6 +217,8 @@ def read_examples(table: Table, columns: Columns, task: TaskName) -> tuple[Examp
     for column in (columns.text, columns.pair, columns.answer):
         if column is not None and column not in table.columns:
             raise InvalidArgument(f"{table.source} has no column {column!r}, which the training rows have; it has {listed(table.columns)}")
+    if columns.chat or (task == "causal-lm" and columns.answer is not None):
+        return _read_completions(table, columns)
     texts: list[str] = []
     pairs: list[str] = []
     answers: list[Any] = []
@@ -197,19 +234,54 @@ def read_examples(table: Table, columns: Columns, task: TaskName) -> tuple[Examp
         texts.append(text)
         pairs.append(pair)
         answers.append(answer)
-    if not texts:
-        raise InvalidFile(
-            f"{table.source} has no row with everything that is needed: {listed(filter(None, (columns.text, columns.pair, columns.answer)))}"
-        )
+    _refuse_none(texts, table, columns)
     values = None if columns.answer is None else tuple(answers)
     return Examples(tuple(texts), tuple(pairs) if columns.pair is not None else None, values), dropped
 
 
+def _read_completions(table: Table, columns: Columns) -> tuple[Examples, int]:
+    """Prompts and completions as they stand in the cells, outer white space too: it is what joins them."""
+    chats: list[Chat] = []
+    texts: list[str] = []
+    answers: list[str] = []
+    used = [column for column in (columns.text, columns.answer) if column is not None]
+    for number, row in enumerate(table.rows, 1):
+        if columns.chat:
+            chat = read_chat([row.get(column) for column in used], f"{table.source}, row {number}: {' and '.join(map(repr, used))}")
+            if chat is not None:
+                chats.append(chat)
+                texts.append(chat[-2]["content"])
+                answers.append(chat[-1]["content"])
+        else:
+            text, answer = (_whole_cell(row, column, table, number) for column in used)
+            if text.strip() and answer.strip():
+                texts.append(text)
+                answers.append(answer)
+    _refuse_none(texts, table, columns)
+    return Examples(tuple(texts), None, tuple(answers), tuple(chats) if columns.chat else None), len(table.rows) - len(texts)
+
+
+def _refuse_none(texts: Sequence[str], table: Table, columns: Columns) -> None:
+    if not texts:
+        raise InvalidFile(
+            f"{table.source} has no row with everything that is needed: {listed(filter(None, (columns.text, columns.pair, columns.answer)))}"
+        )
+
+
 def _cell(row: Mapping[str, Any], column: str, table: Table, number: int) -> str:
+    return _whole_cell(row, column, table, number).strip()
+
+
+def _whole_cell(row: Mapping[str, Any], column: str, table: Table, number: int) -> str:
     value = row.get(column)
     if isinstance(value, dict | list):
         raise InvalidFile(f"{table.source}, row {number}: {column!r} holds a {type(value).__name__}, expected a single value")
-    return "" if value is None else str(value).strip()
+    text = "" if value is None else str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character, and no tokenizer takes it
+        raise InvalidFile(f"{table.source}, row {number}: {column!r} holds a lone surrogate at character {error.start}, expected Unicode") from error
+    return text
 
 
 def _answer(value: Any, task: TaskName, names: Sequence[str] | None, table: Table, number: int, column: str) -> str | float | None:

@@ -25,7 +25,7 @@ from sterna.training.config import (
     parse,
     read_yaml,
 )
-from sterna.training.data import TaskData, guessed_task, load_data
+from sterna.training.data import Examples, TaskData, guessed_task, load_data
 from sterna.training.errors import Faults
 from sterna.training.hyperparameters import learning_rate, total_steps, training_arguments
 from sterna.training.methods import own_method
@@ -37,6 +37,9 @@ from sterna.training.tokens import Lengths, Row, refuse_foreign, tokenized
 
 MAX_LENGTH: dict[TaskName, int] = {"classification": 128, "regression": 128, "causal-lm": 256, "seq2seq": 256}
 """Tokens of a text, or of a packed block, where the config does not say and the model takes that many."""
+
+COMPLETED = 1024
+"""The same of a prompt with its completion, which TRL's SFTTrainer takes too: fewer would cut most chats."""
 
 DENSITY, ALPHA = 0.1, 4.0
 TUNED_DENSITY, TUNED_ALPHA = 0.3, 2.0
@@ -161,7 +164,7 @@ def _model(config: TrainingConfig, faults: Faults) -> tuple[Path | None, Any, An
 def _tokens(
     config: TrainingConfig, task: TaskName, base: Path | None, settings: Any, tokenizer: Any, data: TaskData | None, faults: Faults
 ) -> tuple[Lengths, list[Row]]:
-    wanted = config.data.max_length or MAX_LENGTH[task]
+    wanted = config.data.max_length or (MAX_LENGTH[task] if data is None else usual_length(task, data.train))
     lengths = Lengths(wanted, config.data.target_max_length, config.data.truncation)
     if base is None or tokenizer is None or settings is None:
         return lengths, []
@@ -178,6 +181,11 @@ def _tokens(
     with faults.at("model"):
         refuse_foreign(rows, settings)
     return lengths, rows
+
+
+def usual_length(task: TaskName, examples: Examples) -> int:
+    """Tokens of a row where nobody says."""
+    return COMPLETED if task == "causal-lm" and examples.answers is not None else MAX_LENGTH[task]
 
 
 def _check_method(config: TrainingConfig, task: TaskName, base: Path | None, faults: Faults) -> None:
@@ -242,7 +250,7 @@ def _resolved(config: TrainingConfig, task: TaskName, data: TaskData, lengths: L
     """The config with every default that depends on others filled in, so that it says all of what is run."""
     columns: dict[str, Any] = {"text": data.columns.text, "text_pair": data.columns.pair, "max_length": lengths.text}
     if data.columns.answer is not None:
-        columns["target" if task == "seq2seq" else "label"] = data.columns.answer
+        columns["label" if task in ("classification", "regression") else "target"] = data.columns.answer
     training: dict[str, Any] = {"learning_rate": learning_rate(config), "save_steps": int(arguments.save_steps)}
     return config.model_copy(
         update={

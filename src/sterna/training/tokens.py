@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from sterna.errors import InvalidArgument
 from sterna.needs import needed
+from sterna.training.completions import Completion, completions
 from sterna.training.data import Examples
 from sterna.training.tasks import TaskName
 
@@ -21,20 +22,28 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens at most: of a text (or a packed block), and of a target."""
+    """Tokens at most: of a text (or a packed block, or a prompt with its completion), and of a target, or of what is generated.
+
+    `limit` is how many positions a model that generates has, where that is known.
+    """
 
     text: int
     target: int = 64
     truncation: bool = True
+    limit: int | None = None
 
 
 def tokenized(tokenizer: Any, examples: Examples, task: TaskName, lengths: Lengths) -> list[Row]:
-    """One row an example, or one a packed block for language modelling: `input_ids`, what else the tokenizer gives but the mask, and `labels`.
+    """One row an example, or one a packed block for language modelling of plain text: `input_ids`, what else the tokenizer gives but the mask, and
+    `labels`.
 
-    Raises InvalidArgument where rows are longer than the limit and `truncation` is off, and where nothing is left to predict.
+    Raises InvalidArgument where rows are longer than the limit and `truncation` is off, where nothing is left to predict, and where a chat cannot be
+    rendered.
     """
     if task == "causal-lm":
-        return packed(tokenizer, examples.texts, lengths.text)
+        if examples.answers is None:
+            return packed(tokenizer, examples.texts, lengths.text)
+        return completed(completions(tokenizer, examples), lengths)
     pairs = [] if examples.pairs is None else [list(examples.pairs)]
     fields = tokenizer(list(examples.texts), *pairs, truncation=lengths.truncation, max_length=lengths.text if lengths.truncation else None)
     if not lengths.truncation:
@@ -60,7 +69,15 @@ def packed(tokenizer: Any, texts: Sequence[str], length: int) -> list[Row]:
     return rows
 
 
-def _refuse_long(ids: Sequence[Sequence[int]], limit: int) -> None:
+def completed(found: Sequence[Completion], lengths: Lengths) -> list[Row]:
+    """A row each, cut to the limit; its labels are the completion's ids, and IGNORED on the prompt. Raises InvalidArgument as `tokenized` does."""
+    if not lengths.truncation:
+        _refuse_long(found, lengths.text)
+    cut = [one.within(lengths.text) for one in found]
+    return [{"input_ids": [*one.prompt, *one.completion], "labels": [*[IGNORED] * len(one.prompt), *one.completion]} for one in cut]
+
+
+def _refuse_long(ids: Sequence[Sized], limit: int) -> None:
     long = [len(row) for row in ids if len(row) > limit]
     if long:
         raise InvalidArgument(
