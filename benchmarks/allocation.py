@@ -12,8 +12,8 @@ worth. Sizes are the i.i.d. entropy of each tensor's levels, and every rule's de
     Fisher          abs(tau) * sqrt(F), F the mean squared gradient of 64 training rows; scales as "mean"
     Fisher^(1/2)    abs(tau) * F^(1/4); scales as "mean"
     Fisher, tensor  abs(tau) * sqrt(mean F of its tensor); scales as "scaled"
-    its selection   the same, F of 64 of the validation rows, which a search has
-    its root        abs(tau) * (mean F of its tensor, of validation rows)^(1/4): what a search does
+    .. selection    the same, F of 64 of the validation rows, which a search has
+    .. root         abs(tau) * (mean F of its tensor, of validation rows)^(1/4): the allocation "fisher" of a search
 
 u, the norm of what is kept over the norm of tau, is the best of three on validation rows; test rows are looked at for that one alone. A second call
 goes on:
@@ -166,8 +166,8 @@ RULES: dict[str, tuple[Callable[[Study], Callable[[float], Tensors]], str]] = {
     "Fisher": (lambda study: weighted(study, lambda name: (study.fisher[name] + study.floor).sqrt()), "mean"),
     "Fisher^(1/2)": (lambda study: weighted(study, lambda name: (study.fisher[name] + study.floor) ** 0.25), "mean"),
     "Fisher, tensor": (lambda study: weighted(study, lambda name: float(study.fisher[name].mean()) ** 0.5 + 1e-12), "norm"),
-    "its selection": (lambda study: weighted(study, lambda name: float(study.selection_fisher[name].mean()) ** 0.5 + 1e-12), "norm"),
-    "its root": (lambda study: weighted(study, lambda name: float(study.selection_fisher[name].mean()) ** 0.25 + 1e-6), "norm"),
+    "Fisher, tensor, selection": (lambda study: weighted(study, lambda name: float(study.selection_fisher[name].mean()) ** 0.5 + 1e-12), "norm"),
+    "Fisher, tensor, root": (lambda study: weighted(study, lambda name: float(study.selection_fisher[name].mean()) ** 0.25 + 1e-6), "norm"),
 }
 
 

@@ -2,7 +2,7 @@
 
 For full fine-tunes and LoRA adapters of the encoder (benchmarks/experts.py has trained them) and a fine-tune and a LoRA of the causal language model:
 
-    curve     densities from .0005 to 1, residual planes and Fisher allocations, each at its best scale found by the search's own climb; the frontier
+    curve     densities from .0001 to 1, residual planes and Fisher allocations, each at its best scale found by the search's own climb; the frontier
     grid      the authors' fixed grid: k in 5, 10, 20, 30, 50 %, alpha in .5, 1, 2, 3, 4, 5, 6, 8, 10: 45 evaluations of plain ComPEFT
     search    `sterna.search` with at most 15 evaluations: the best under the bytes of the grid's best, and the smallest that is as good as it
     formula   the closed form, of the same bytes, without any evaluation
@@ -41,7 +41,7 @@ RESULT = harness.RESULTS / "frontier.json"
 PARTS = ("curve", "grid", "search", "formula", "controls")
 SELECTION, TEST, BLOCKS = 300, 500, 48
 """Rows at most; of the causal language model, blocks of 64 tokens."""
-DENSITIES = (0.0005, 0.002, 0.005, 0.015, 0.05, 0.15, 0.4, 1.0)
+DENSITIES = (0.0001, 0.0005, 0.002, 0.005, 0.015, 0.05, 0.15, 0.4, 1.0)
 ANCHORS = (0.05, 0.4)
 """Densities whose scale is climbed to, before the others are tried at the scale that is then expected."""
 PLANES = ((2, 0.1), (3, 0.3))

@@ -19,11 +19,12 @@ import torch
 from sterna.demo import assets, data
 from sterna.demo.evaluation import Score, climb, counter
 from sterna.demo.options import DemoOptions, checked
-from sterna.demo.report import DemoResult, LiveResult, Row, TaskResult
+from sterna.demo.report import DemoResult, Row, TaskResult
 from sterna.demo.run import run_demo
 from sterna.demo.tables import read_rows
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, SternaError
-from sterna.reporting.report import Latency, Steps, Times
+from sterna.reporting.measure import LivePart
+from sterna.reporting.report import Latency, Memory, Neighbour, SideBySide, Steps, Times
 from sterna.scoring import dense as controls
 from sterna.scoring import intervals
 from sterna.training.models import model_folder
@@ -382,14 +383,16 @@ def test_the_result_shows_the_same_numbers_everywhere() -> None:
         "ComPEFT", estimate, intervals.Estimate(-0.004, -0.012, 0.003), density=0.1, alpha=4.0, bytes=1_234_567, ratio=37.0, bits=0.43, entropy=0.569
     )
     task = TaskResult("news", "full fine-tuning", 20, 4000, 1000, 1500, 22_713_216, (Row("base alone", estimate), row))
-    live = LiveResult(
-        ("news", "tweets"),
-        (estimate, estimate),
+    beside = tuple(Neighbour(name, estimate.times(100), estimate.times(100), True, Times((14.5,))) for name in ("news", "tweets"))
+    live = LivePart(
         Steps(90, Times((12.3,)), Times((14.5,)), Times((5.6,))),
         Latency(Times((123.4,)), Times((123.5,)), intervals.Estimate(1.001, 0.99, 1.01), 16, 64),
-        True,
+        Memory(90_000_000, 2_000_000, 9_000_000),
+        restored=True,
+        threads=(),
+        side_by_side=SideBySide(beside, restored=True),
     )
-    result = DemoResult((task,), live, ("a.safetensors",), {"training": 60.0}, {"cpu": "x", "threads": "2", "torch": "2", "transformers": "5"})
+    result = DemoResult((task,), live, (), ("a.safetensors",), {"training": 60.0}, {"cpu": "x", "threads": "2", "torch": "2", "transformers": "5"})
     console = Console(width=80, file=io.StringIO())
     result.print(console)  # no terminal: as wide as it needs to be
     wide, markdown = console.file.getvalue(), result.markdown()  # type: ignore[attr-defined]
@@ -442,15 +445,20 @@ def test_a_persons_own_model_and_data_run_from_end_to_end(pico: Path, tmp_path: 
         lora_learning_rate=1e-2,
         epochs=6,
         repeats=2,
-        latency_pairs=2,
         cache=tmp_path / "cache",
         output=tmp_path / "experts",
     )
     heard: list[str] = []
-    result = run_demo(options, lambda step, done, total, unit: heard.append(step))
+    result = run_demo(options, lambda step, *rest: heard.append(step))
     assert [task.training for task in result.tasks] == ["full fine-tuning", "LoRA, rank 8,"]
     assert any(step.startswith("training") for step in heard)
     assert result.live.restored
+    assert result.live.side_by_side is not None
+    assert result.live.side_by_side.passed
+    assert [(run.task, run.dtype) for run in result.dtypes] == [(task.name, dtype) for task in result.tasks for dtype in ("fp32", "bf16", "fp16")]
+    for task, beside in zip(result.tasks, result.live.side_by_side.experts, strict=True):  # the demo's evaluation and the report's agree
+        assert beside.alone == beside.among
+        assert beside.alone.value in [pytest.approx(100 * row.accuracy.value) for row in task.rows if row.method == "ComPEFT"]
     for task in result.tasks:
         assert (task.classes, task.train_rows, task.validation_rows, task.test_rows) == (3, 320, 40, 40)
         rows = {row.method: row for row in task.rows}
@@ -462,14 +470,14 @@ def test_a_persons_own_model_and_data_run_from_end_to_end(pico: Path, tmp_path: 
     assert [row.method for row in result.tasks[0].rows][-4:] == tuned
     assert len(result.files) == 8
     assert Path(result.page) == tmp_path / "experts" / "report.html"
-    assert f"{Path(result.page).read_text(encoding='utf-8')}".count('<section id="') == 10
+    assert f"{Path(result.page).read_text(encoding='utf-8')}".count('<section id="') == 11
     sizes = {Path(file).stat().st_size for file in result.files}
     assert {row.bytes for task in result.tasks for row in task.rows if row.method in ("ComPEFT", *tuned)} == sizes
     runs = sorted((tmp_path / "cache" / "demo" / "runs").iterdir())
     assert [run.name.partition("-")[0] for run in runs] == ["full", "hiwi", "lora", "pafi"]
 
     heard.clear()
-    again = run_demo(replace(options, densities=(0.1,)), lambda step, done, total, unit: heard.append(step))
+    again = run_demo(replace(options, densities=(0.1,)), lambda step, *rest: heard.append(step))
     assert not [step for step in heard if step.startswith("training")]
     assert "training" in result.seconds
     assert "training" not in again.seconds
@@ -530,4 +538,5 @@ def test_the_quick_demo_runs_on_the_real_encoder(fetched: None, tmp_path: Path) 
     assert rows["ComPEFT"].ratio is not None
     assert rows["ComPEFT"].ratio > 28  # at density .1 the i.i.d. entropy allows 28.1
     assert result.live.restored
-    assert result.live.accuracies[0] == rows["ComPEFT"].accuracy
+    assert result.live.side_by_side is not None
+    assert result.live.side_by_side.experts[0].among == rows["ComPEFT"].accuracy.times(100)

@@ -64,6 +64,7 @@ def test_reports_of_a_training_and_of_a_search(place: Path, monkeypatch: pytest.
     trained = sterna_("train", "--model", "base", "--data", "train.csv", *fields, "-o", "news")
     report = sterna_("report", "news.run", "--repeats", "3", "-o", "train.html")
     (task,) = report["tasks"]
+    assert "16-bit delta, tuned scale" in {one["label"] for one in task["candidates"]}  # chosen on the validation rows
     scores = {one["kind"]: one["score"]["value"] for one in task["candidates"] if one["kind"] in ("tuned", "expert")}
     assert (task["name"], task["rows"]) == ("news", trained["rows"]["test"])
     assert scores["tuned"] == pytest.approx(100 * trained["metrics"]["trained"]["test"]["accuracy"])  # on the rows that training held out
@@ -71,8 +72,9 @@ def test_reports_of_a_training_and_of_a_search(place: Path, monkeypatch: pytest.
 
     words = ("--data", "select.csv", *columns, "--within", "5", "--meta", "task=small")
     found = sterna_("search", "base", "news.run/trained", *words, "-o", "small.safetensors")
-    report = sterna_("report", "small.search", "--repeats", "3", "--no-controls", "-o", "search.html")
+    report = sterna_("report", "small.search", "--repeats", "3", "-o", "search.html")
     (task,) = report["tasks"]
+    assert "16-bit delta, tuned scale" in {one["label"] for one in task["candidates"]}  # chosen on the rows of the selection
     assert (task["name"], task["rows"], task["trail_rows"]) == ("small", found["test"]["rows"], found["selection"]["rows"])
     kept = ("density", "alpha", "bytes", "score")
     tried = [(*(one[name] for name in kept[:3]), one["score"]["value"]) for one in task["trail"]]
@@ -82,6 +84,13 @@ def test_reports_of_a_training_and_of_a_search(place: Path, monkeypatch: pytest.
     assert expert["score"]["value"] == found["test"]["expert"]["value"]
     assert expert["bytes"] == (place / "small.safetensors").stat().st_size
     assert sterna.load(place / "small.safetensors").facts.density == expert["density"]
+
+    words = ("--base", "base", "--tuned", "news.run/trained", "--data", "select.csv", *columns, "--repeats", "3")
+    report = sterna_("report", "small.safetensors", *words, "-o", "file.html")
+    (task,) = report["tasks"]
+    whole = found["test"]["rows"] + found["selection"]["rows"]
+    assert task["rows"] == round(0.8 * whole)
+    assert ["small: rows kept apart", f"{whole - task['rows']}, for the scale of a control"] in report["inputs"]
 
     shutil.move(place / "news.safetensors", place / "away.safetensors")
     monkeypatch.setattr(sys, "argv", ["sterna", "report", "news.run"])

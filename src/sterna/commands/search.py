@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sterna.commands.compress import CODING_HELP, TUNED_HELP, CodingName
-from sterna.commands.rows import BatchSize, Dtype, LabelColumn, MaxLength, PairColumn, TargetColumn, TaskOption, TextColumn, check_task, need_scoring
+from sterna.commands.rows import (
+    BatchSize,
+    Dtype,
+    LabelColumn,
+    MaxLength,
+    PairColumn,
+    TargetColumn,
+    TargetMaxLength,
+    TaskOption,
+    TextColumn,
+    check_task,
+    need_scoring,
+)
 from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, refuse_unwritable, size, warn
 from sterna.errors import InvalidArgument, SternaError
 
@@ -48,6 +60,7 @@ def search(
     label_column: LabelColumn = None,
     target_column: TargetColumn = None,
     max_length: MaxLength = None,
+    target_max_length: TargetMaxLength = 64,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of --data to use, each label in proportion.", show_default="all")] = None,
     batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is put aside for the test.")] = 0,
@@ -75,7 +88,7 @@ def search(
     refuse_unwritable(output)
     kept = run_dir if run_dir is not None else Path(f"{str(output).removesuffix('.safetensors')}.search")
     options: dict[str, Any] = {"task": task, "text": text_column, "text_pair": pair_column, "label": label_column, "target": target_column}
-    options |= {"rows": rows, "max_length": max_length, "batch": batch_size, "dtype": dtype}
+    options |= {"rows": rows, "max_length": max_length, "target_max_length": target_max_length, "batch": batch_size, "dtype": dtype}
     if data:
         options |= {"data": data[0] if len(data) == 1 else data, "test": _test(test), "metric": metric, "run_dir": kept}
     else:

@@ -41,8 +41,7 @@ class DemoOptions:
     hiwi_rank: int = 16
     max_length: int = 64
     seed: int = 0
-    repeats: int = 10
-    latency_pairs: int = 15
+    repeats: int = 15
     quick: bool = False
     cache: Path | None = None
     output: Path | None = None
@@ -75,8 +74,7 @@ def checked(options: DemoOptions) -> DemoOptions:
             learning_rate=3 * options.learning_rate,  # few steps have to be long ones
             lora_learning_rate=3 * options.lora_learning_rate,
             tuned_learning_rate=3 * options.tuned_learning_rate,
-            repeats=min(options.repeats, 5),
-            latency_pairs=min(options.latency_pairs, 4),
+            repeats=min(options.repeats, 4),
         )
     for name, values in (("densities", options.densities), ("alphas", options.alphas)):
         if not values:
@@ -109,6 +107,5 @@ COUNTS = {
     "hiwi_rank": 1,
     "max_length": 4,
     "seed": 0,
-    "repeats": 1,
-    "latency_pairs": 2,
+    "repeats": 2,
 }

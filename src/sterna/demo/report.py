@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sterna.reporting.report import Latency, Memory, Steps, ThreadRun
 from sterna.scoring.intervals import Estimate
+
+if TYPE_CHECKING:
+    from sterna.reporting.measure import LivePart
+    from sterna.reporting.report import DtypeRun
 
 COLUMNS = ("", "density", "scale", "bytes on disk", "to 16 bit", "bits/param", "entropy", "accuracy, %", "to uncompressed")
 NARROW = ("", "density\nscale", "bytes\nto 16 bit", "bits\nentropy", "accuracy, %", "to\nuncompressed")
@@ -83,24 +86,12 @@ class TaskResult:
 
 
 @dataclass(frozen=True, slots=True)
-class LiveResult:
-    """The live part: what one model scored with each expert on it, how long the steps took, and whether the base came back to the bit."""
-
-    experts: tuple[str, str]
-    accuracies: tuple[Estimate, Estimate]
-    steps: Steps
-    latency: Latency
-    restored: bool
-    memory: Memory | None = None
-    threads: tuple[ThreadRun, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class DemoResult:
     """Everything that one run found. `files` are the experts that it wrote, `seconds` what each stage took, `page` is the report's HTML file."""
 
     tasks: tuple[TaskResult, ...]
-    live: LiveResult
+    live: LivePart
+    dtypes: tuple[DtypeRun, ...]
     files: tuple[str, ...]
     seconds: dict[str, float]
     machine: dict[str, str]
@@ -141,12 +132,13 @@ class DemoResult:
 
     def lines(self) -> list[str]:
         live, steps, speed, machine = self.live, self.live.steps, self.live.latency, self.machine
-        first, second = live.experts
+        assert live.side_by_side is not None
+        first, second = live.side_by_side.experts
         training = (
             f"{self.seconds['training'] / 60:.1f} of them for training" if "training" in self.seconds else "the trainings kept from an earlier run"
         )
         return [
-            f"On one live model: {first} {live.accuracies[0].value:.1%}, then swapped to {second} {live.accuracies[1].value:.1%}, then detached; "
+            f"On one live model: {first.name} {first.among.value:.1f}%, then swapped to {second.name} {second.among.value:.1f}%, then detached; "
             f"every tensor of the base as it was, to the bit: {'yes' if live.restored else 'NO'}.",
             f"Attach {steps.attach.median:.1f} ms (the first time {steps.first_attach:.0f} ms, the base's fingerprint included), "
             f"swap {(steps.swap or steps.attach).median:.1f} ms, detach {steps.detach.median:.1f} ms.",

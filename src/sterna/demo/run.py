@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import sterna
 from sterna.demo.assets import asset_path, cache_folder
 from sterna.demo.data import Split, Task, newsgroups, split_rows, tweets
-from sterna.demo.evaluation import Tokens, counter, evaluate, longest, tokenized
+from sterna.demo.evaluation import BATCH, Tokens, counter, tokenized
 from sterna.demo.models import load_classifier
 from sterna.demo.options import DemoOptions, checked
-from sterna.demo.report import DemoResult, LiveResult, TaskResult
+from sterna.demo.report import DemoResult, TaskResult
 from sterna.demo.study import Findings, Study, findings
 from sterna.demo.subjects import full_subject, lora_subject
 from sterna.demo.tables import read_rows
@@ -27,6 +26,10 @@ from sterna.errors import CannotWrite
 from sterna.needs import check_needs
 from sterna.progress import Progress, silent
 from sterna.training.models import length_limit, load_tokenizer, model_folder
+
+if TYPE_CHECKING:
+    from sterna.reporting.measure import LivePart
+    from sterna.reporting.report import DtypeRun
 
 
 def run_demo(options: DemoOptions | None = None, progress: Progress = silent) -> DemoResult:
@@ -57,15 +60,16 @@ def run_demo(options: DemoOptions | None = None, progress: Progress = silent) ->
     tuned: dict[str, Path] = {
         recipe.kind: _trained(tasks[0], recipe, base, tokenizer, studies[0].train, cache, clock, progress) for recipe in tuned_recipes_of(options)
     }
-    live = load_classifier(base, None, tokenizer)
+    model = load_classifier(base, None, tokenizer)
     with clock("evaluation"):
-        found = [findings(study, live, options, folder, progress) for study in studies]
-        found[0] = with_tunings(studies[0], live, found[0], tuned, folder, progress)
+        found = [findings(study, model, options, folder, progress) for study in studies]
+        found[0] = with_tunings(studies[0], model, found[0], tuned, folder, progress)
     with clock("live"):
-        on_one_model = _live(load_classifier(base, None, tokenizer), studies, found, options, progress)
+        live, dtypes = _live(base, tasks, studies, found, options, progress)
     result = DemoResult(
         tasks=tuple(_task_result(*parts) for parts in zip(tasks, recipes_of(options), studies, found, strict=True)),
-        live=on_one_model,
+        live=live,
+        dtypes=dtypes,
         files=tuple(str(path) for part in found for path in part.files),
         seconds=clock.seconds,
         machine=machine(),
@@ -134,26 +138,25 @@ def _trained(task: Task, recipe: Recipe, base: Path, tokenizer: Any, tokens: Tok
     return folder
 
 
-def _live(live: torch.nn.Module, studies: list[Study], found: list[Findings], options: DemoOptions, progress: Progress) -> LiveResult:
-    """Both experts on one freshly loaded model: times; attach, evaluate, swap, evaluate, detach; at the end every tensor against the base."""
-    from sterna.reporting.sizes import memory_of
-    from sterna.reporting.timing import THREADS, latency, live_steps, same_bits, with_threads
+def _live(
+    base: Path, tasks: Sequence[Task], studies: Sequence[Study], found: Sequence[Findings], options: DemoOptions, progress: Progress
+) -> tuple[LivePart, tuple[DtypeRun, ...]]:
+    """Both experts on one freshly loaded model, and each on the base in other precisions: as `sterna report` measures them."""
+    from sterna.reporting.measure import Subject, dtype_runs, live_part
+    from sterna.scoring.bench import Bench, open_bench
 
-    before = {name: value.clone() for name, value in live.state_dict().items()}
-    first, second = (sterna.load(part.expert) for part in found)
-    steps = live_steps(live, first, second, options.repeats, counter(progress, "timing attach, swap, detach", options.repeats + 1, "rounds"))
-    count = counter(progress, "timing inference", options.latency_pairs, "pairs")
-    speed = latency(live, first, longest(studies[0].test, options.batch), options.latency_pairs, count)
-    patch, scores = sterna.attach(live, first), []
-    for study in studies:
-        if study is not studies[0]:
-            patch.swap(second)
-        with patch.reading():
-            scores.append(evaluate(live, study.test, counter(progress, f"live: {study.name}", len(study.test), "texts")))
-    patch.detach()
-    memory, threads = memory_of(live, (first, second)), with_threads(live, first, THREADS, options.repeats)
-    restored = same_bits(live.state_dict(), before)
-    return LiveResult((studies[0].name, studies[1].name), (scores[0].accuracy, scores[1].accuracy), steps, speed, restored, memory, threads)
+    subjects: list[Subject] = []
+    benches: list[Bench] = []
+    for task, study, part in zip(tasks, studies, found, strict=True):
+        rows = [{"text": text, "label": task.classes[label]} for text, label in zip(task.test.texts, task.test.labels, strict=True)]
+        expert = sterna.load(part.expert)
+        bench = open_bench(base, rows, like=expert, task="classification", max_length=options.max_length, batch=BATCH)
+        benches.append(replace(bench, model=benches[0].model) if benches else bench)
+        subjects.append(Subject(study.name, partial(replace, bench), expert))
+    live = live_part(subjects, benches, options.repeats, progress)
+    assert live is not None
+    dtypes = [run for subject, bench in zip(subjects, benches, strict=True) for run in dtype_runs(subject, bench, progress)]
+    return live, tuple(dtypes)
 
 
 def _task_result(task: Task, recipe: Recipe, study: Study, found: Findings) -> TaskResult:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from sterna.reporting.report import (
 from sterna.reporting.sizes import bytes_of, layers_of, memory_of, ways_to_keep
 from sterna.reporting.timing import THREADS, Count, latency, live_steps, same_bits, swaps_among, with_threads
 from sterna.scoring.bench import Bench
+from sterna.scoring.evaluate import SELECTION
 from sterna.scoring.intervals import Difference, Estimate
 from sterna.scoring.outcome import Outcome
 from sterna.sources.checkpoint import open_checkpoint
@@ -60,7 +62,8 @@ class Subject:
 
     `tuned` is the tuned model's folder, a PEFT folder or an exact expert; `others` are further experts for the same task by label.
     `expert` is None where a pilot's gates left none. `controls` asks for other ways to store the tuned model, at the expert's density; `choose` opens
-    rows that are kept apart, for the one control that has a scale to choose. `trail` is what was tried before on `trail_rows` rows.
+    rows for the one control that has a scale to choose (else a fifth of the bench's are kept apart for it). `trail` is what was tried before on
+    `trail_rows` rows.
     """
 
     name: str
@@ -73,6 +76,10 @@ class Subject:
     choose: Callable[[], Bench] | None = None
     trail: tuple[Candidate, ...] = ()
     trail_rows: int = 0
+
+    @property
+    def has_controls(self) -> bool:
+        return self.controls and self.tuned is not None and self.expert is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,10 @@ def measure(subjects: Sequence[Subject], *, repeats: int = REPEATS, inputs: Sequ
     benches: list[Bench] = []
     for subject in subjects:
         bench = subject.open()
+        if subject.has_controls and subject.choose is None:
+            bench, apart = bench.split(1 - SELECTION)
+            subject = replace(subject, choose=partial(replace, apart))
+            inputs = (*inputs, (f"{subject.name}: rows kept apart", f"{len(apart)}, for the scale of a control"))
         parts.append(task_part(subject, bench, progress))
         benches.append(replace(bench, model=benches[0].model) if benches else bench)
     live = live_part(subjects, benches, repeats, progress)
@@ -150,7 +161,7 @@ def task_part(subject: Subject, bench: Bench, progress: Progress = silent) -> Ta
         size = inspect(expert).bytes
         facts = {"density": expert.facts.density, "alpha": expert.facts.alpha} if expert.facts.method == "compeft" else {}
         candidates.append(candidate("expert", name, size, outcome, tuned, base, chosen=chosen, **facts))
-    if subject.controls and subject.tuned is not None and subject.expert is not None:
+    if subject.has_controls:
         candidates += [candidate("control", title, size, outcome, tuned, base) for title, size, outcome in _controls(subject, bench, progress)]
     kept: tuple[Kept, ...] = ()
     layers: tuple[Layer, ...] = ()
@@ -158,7 +169,7 @@ def task_part(subject: Subject, bench: Bench, progress: Progress = silent) -> Ta
         summary = inspect(subject.expert)
         kept, layers = ways_to_keep(summary, bench.model, bench.base, subject.tuned), layers_of(summary)
     task = TaskReport(subject.name, metric_of(base), base.rows, tuple(candidates), kept, layers, subject.trail, subject.trail_rows)
-    return TaskPart(task, _dtypes(subject, bench, progress))
+    return TaskPart(task, dtype_runs(subject, bench, progress))
 
 
 def _controls(subject: Subject, bench: Bench, progress: Progress) -> Iterator[tuple[str, int, Outcome]]:
@@ -167,18 +178,18 @@ def _controls(subject: Subject, bench: Bench, progress: Progress) -> Iterator[tu
 
     assert subject.expert is not None
     assert subject.tuned is not None
-    apart = subject.choose() if subject.choose is not None else None
+    assert subject.choose is not None
+    apart = replace(subject.choose(), model=bench.model)
     sign = 1 if bench.metric.higher_is_better else -1
 
     def rank(expert: Expert) -> float:
-        assert apart is not None
         return sign * apart.run(expert, progress=_renamed(progress, f"{subject.name}: choosing a scale")).value
 
     names = [name for name in TITLES if name != "compeft"]
     density = subject.expert.facts.density or DENSITY
     vector = TunedVector.of(bench.base, subject.tuned, progress)
     with tempfile.TemporaryDirectory(prefix="sterna-") as folder:
-        for control in controls(vector, folder, density=density, names=names, rank=rank if apart is not None else None):
+        for control in controls(vector, folder, density=density, names=names, rank=rank):
             found = bench.outputs(control.expert, progress=progress, step=f"{subject.name}: {control.title}")
             yield control.title, control.bytes, bench.outcome(found)
 
@@ -200,7 +211,7 @@ def _estimate(difference: Difference | None) -> Estimate | None:
     return None if difference is None else Estimate(difference.value, difference.low, difference.high)
 
 
-def _dtypes(subject: Subject, bench: Bench, progress: Progress) -> tuple[DtypeRun, ...]:
+def dtype_runs(subject: Subject, bench: Bench, progress: Progress) -> tuple[DtypeRun, ...]:
     """The expert on the base loaded in each precision, on some of the rows."""
     if subject.expert is None:
         return ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,12 @@ def subject_of_run(path: Path, base: str | None, data: Any, tuned: Any, controls
     task = expert.facts.metadata.get("task")
     trained = folder.trained.with_name("merged") if folder.trained.with_name("merged").is_dir() else folder.trained
     named = {name: getattr(config.data, name) for name in ("text", "text_pair", "label", "target")}
-    rows, columns = (data, named) if data is not None else _held_out(config)
+    held, columns = ([data], named) if data is not None else _held_out(config)
     lengths = {"max_length": config.data.max_length, "target_max_length": config.data.target_max_length}
     chosen = {"task": config.task, **lengths, **columns} | {name: value for name, value in options.items() if value is not None}
     source = tuned or (trained if trained.is_dir() else None)
-    return Subject(str(task or file.stem), opener(found, rows, [source or expert], chosen), expert, file.stem, source, controls=controls)
+    test, *more = [opener(found, rows, [source or expert], chosen) for rows in held]
+    return Subject(str(task or file.stem), test, expert, file.stem, source, controls=controls, choose=more[0] if more else None)
 
 
 def _of_search(file: Path, base: str | None, data: Any, tuned: Any, controls: bool, options: dict[str, Any]) -> Subject:
@@ -66,16 +68,23 @@ def _of_search(file: Path, base: str | None, data: Any, tuned: Any, controls: bo
     source = resolve(str(tuned or said["tuned"]))
     given = source if source.is_dir() else load(source)
 
+    own_test = isinstance(said["test"], str)  # rows of their own, all of which the search took
+
+    def whole(source: Any, **fields: Any) -> Bench:
+        return open_bench(base or said["base"], source, **{"like": [given, expert], "seed": said["seed"], **settings, **fields})
+
     def opened() -> Bench:
-        fields = {"like": [given, expert], "seed": said["seed"], **settings}
-        rows = data if data is not None else said["test"] if isinstance(said["test"], str) else said["data"]
-        whole = open_bench(base or said["base"], rows, **fields)
-        return whole if data is not None or isinstance(said["test"], str) else whole.split(1 - said["test"], said["seed"])[1]
+        if data is not None:
+            return whole(data)
+        return whole(said["test"], rows=options.get("rows")) if own_test else whole(said["data"]).split(1 - said["test"], said["seed"])[1]
+
+    def selection() -> Bench:
+        return whole(said["data"]) if own_test else whole(said["data"]).split(1 - said["test"], said["seed"])[0]
 
     trail = tuple(_trial(trial, chosen) for trial in trials)
     name, stem = str(expert.facts.metadata.get("task") or Path(found["file"]).stem), Path(found["file"]).stem
     rows = (found["selection"] or {}).get("rows") or 0
-    return Subject(name, opened, expert, stem, given, controls=controls, trail=trail, trail_rows=rows)
+    return Subject(name, opened, expert, stem, given, controls=controls, choose=selection, trail=trail, trail_rows=rows)
 
 
 def _trial(trial: dict[str, Any], chosen: dict[str, Any]) -> Candidate:
@@ -97,30 +106,32 @@ def _expert(path: Path, config: TrainingConfig) -> Path:
     raise NotFound(f"{said}, the expert of {path}, is not there; give the expert instead of the run folder")
 
 
-def _held_out(config: TrainingConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The test rows of a training, or the validation rows where it has no test; and the names of their columns."""
+def _held_out(config: TrainingConfig) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:
+    """The test rows of a training and its validation rows, of which there may be only one, and the names of their columns."""
     faults = Faults()
     task = config.task or "classification"
     data = load_data(config.data, task, faults)
     faults.stop()
     assert data is not None
-    split = data.test or data.validation
-    if split is None:
+    splits = [split for split in (data.test, data.validation) if split is not None]
+    if not splits:
         raise NotFound("the training held no rows out; give test rows with --data")
-    answers = [data.classes[int(one)] for one in split.answers] if data.classes and split.answers else split.answers
+    first = splits[0]
+    columns = {"text": "text" if first.chats is None else "chat", "text_pair": "pair" if first.pairs is not None else None, "label": None}
+    answered = task == "causal-lm" and first.chats is None and first.answers is not None
+    return [_rows(split, data.classes) for split in splits], {**columns, "target": "target" if answered else None}
+
+
+def _rows(split: Examples, classes: Sequence[str]) -> list[dict[str, Any]]:
     if split.chats is not None:
-        return [{"chat": chat} for chat in split.chats], {"text": "chat", "text_pair": None, "label": None, "target": None}
-    target = "target" if task == "causal-lm" and split.answers is not None else None
-    return _rows(split, answers), {"text": "text", "text_pair": "pair" if split.pairs else None, "label": None, "target": target}
-
-
-def _rows(split: Examples, answers: Any) -> list[dict[str, Any]]:
+        return [{"chat": chat} for chat in split.chats]
     rows: list[dict[str, Any]] = []
     for place, text in enumerate(split.texts):
         row: dict[str, Any] = {"text": text}
         if split.pairs is not None:
             row["pair"] = split.pairs[place]
-        if answers is not None:
-            row["label"] = row["target"] = answers[place]
+        if split.answers is not None:
+            answer = split.answers[place]
+            row["label"] = row["target"] = classes[int(answer)] if classes else answer
         rows.append(row)
     return rows

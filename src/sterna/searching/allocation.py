@@ -11,7 +11,7 @@ entries of which c_t are kept, the whole d entries of which floor(density * d) a
 | balanced | abs(tau) / sqrt(std(tau_t)), one for all: halfway from `global` to `tensor` | as `scaled` |
 | fisher | abs(tau) * F_t^(1/4), one for all: F_t is the tensor's mean Fisher information (`sterna.searching.fisher`) | as `scaled` |
 
-F_t^(1/2), which the loss's second-order change asks for, is better on some tasks and far worse on others (docs/benchmarks.md); a root of it is steady.
+F_t^(1/2), which the loss's second-order change asks for, is better on some tasks and worse on others (docs/benchmarks.md); its root is steady.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sterna.expert.expert import Expert
 from sterna.live.patch import attached
 from sterna.progress import Progress
 from sterna.scoring.bench import Bench
-from sterna.scoring.metrics import BadMetric
+from sterna.scoring.metrics import BadMetric, writes
 from sterna.scoring.outcome import Outcome
 from sterna.searching.candidates import Maker, Setting
 from sterna.searching.ledger import Ledger
@@ -136,6 +136,7 @@ def rows_digest(bench: Bench) -> str:
     """SHA-256 of what a bench scores on: tokens, answers, classes, task, dtype, and which head the base wears."""
     found = bench.evaluation
     about = [found.task, found.batch, bench.head, bench.classes, bench.head_from, str(bench.dtype), found.examples.answers]
+    about += [found.lengths.target] if writes(bench.metric) else []
     sha = hashlib.sha256(json.dumps(about, default=str).encode())
     for row in found.rows:
         sha.update(json.dumps(row, sort_keys=True, default=str).encode())
