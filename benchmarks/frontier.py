@@ -2,7 +2,7 @@
 
 For full fine-tunes and LoRA adapters of the encoder (benchmarks/experts.py has trained them) and a fine-tune and a LoRA of the causal language model:
 
-    curve     densities from .0001 to 1, residual planes and Fisher allocations, each at its best scale found by the search's own climb; the frontier
+    curve     densities from .0001 to 1 under two allocations, and residual planes, each at its best scale by the search's own climb; the frontier
     grid      the authors' fixed grid: k in 5, 10, 20, 30, 50 %, alpha in .5, 1, 2, 3, 4, 5, 6, 8, 10: 45 evaluations of plain ComPEFT
     search    `sterna.search` with at most 15 evaluations: the best under the bytes of the grid's best, and the smallest that is as good as it
     formula   the closed form, of the same bytes, without any evaluation
@@ -45,8 +45,6 @@ DENSITIES = (0.0001, 0.0005, 0.002, 0.005, 0.015, 0.05, 0.15, 0.4, 1.0)
 ANCHORS = (0.05, 0.4)
 """Densities whose scale is climbed to, before the others are tried at the scale that is then expected."""
 PLANES = ((2, 0.1), (3, 0.3))
-FISHER = (0.002, 0.005, 0.015, 0.05)
-"""Densities of the allocation by Fisher information, for full fine-tunes."""
 GRID = tuple((k, alpha) for k in (0.05, 0.1, 0.2, 0.3, 0.5) for alpha in (0.5, 1, 2, 3, 4, 5, 6, 8, 10))
 GRIDDED = ("computers/full", "computers/lora", "tweets/full", "dialogue/full")
 """Subjects of the grid and of what is held against it."""
@@ -170,17 +168,16 @@ def curve(work: Work) -> dict[str, Any]:
     from sterna.searching.search import families_of
     from sterna.searching.strategy import Explorer, Family
 
-    family = families_of(work.maker)[0]
+    families = families_of(work.maker)[:2]
     explorer = Explorer(work.problem, 10_000)
-    for density in ANCHORS:
-        explorer.climb(family, density, math.inf)
-    for density in DENSITIES:
-        explorer.trial(explorer.expected(family, density)[0])
+    for family in families:
+        for density in ANCHORS:
+            explorer.climb(family, density, math.inf)
+        for density in DENSITIES:
+            explorer.trial(explorer.expected(family, density)[0])
     if work.maker.of_whole_tensors:
         for planes, density in PLANES:
-            explorer.trial(explorer.expected(Family("global", planes, family.head), density)[0])
-        for density in FISHER:
-            explorer.trial(explorer.expected(Family("fisher", 1, family.head), density)[0])
+            explorer.trial(explorer.expected(Family("global", planes, families[0].head), density)[0])
     trials = [Evaluated(trial.setting, trial.bytes, work.sign * trial.score) for trial in explorer.trials.values()]
     best = frontier(trials, work.sign > 0)
     rows = [{**trial.to_dict(), "on_frontier": trial in best} for trial in trials]
