@@ -30,7 +30,7 @@ from harness import Side, milliseconds, ratio
 SHAPES = ((1, 64), (16, 64))
 NARROW = 0.007
 """Half of the width at which the interval is narrow enough to stop."""
-FEWEST, CHECKED, LONGEST = 5, 20, 90
+FEWEST, CHECKED, LONGEST = 5, 20, 300
 """Rounds at least, those between two looks at the intervals, and seconds after which no other round begins."""
 METHODS = {
     "PaFi .005": sterna.PaFi(density=0.005),
