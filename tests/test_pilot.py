@@ -133,7 +133,7 @@ def test_where_the_first_task_fails_the_others_are_not_begun(place: Path, tmp_pa
     result = pilot(plan_of(place, gates={"bytes": 10}), tmp_path / "run", warn=said.append)
     assert result.experts == {}
     assert [step.task for step in result.report.gates] == ["full"]
-    assert "full passed no step; the other 1 tasks are not begun" in said
+    assert "full passed no step; the other task is not begun" in said
     assert "No step of compression passed its gates for full." in result.page.read_text(encoding="utf-8")
 
 
@@ -221,6 +221,30 @@ def test_a_tuned_model_of_another_base_is_a_fault(place: Path, tmp_path: Path) -
     task = {**plan_of(place)["tasks"][0], "tuned": str(tmp_path / "llama")}
     with pytest.raises(InvalidConfig, match=r"tasks\[0\].tuned"):
         read_plan(plan_of(place, tasks=[task]))
+
+
+def test_labels_of_another_task_are_a_fault_before_any_task_is_begun(place: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text("text,label\n" + "".join(f"{row['text']},{'mno'[place % 3]}\n" for place, row in enumerate(trainable.rows(30))))
+    tasks = plan_of(place)["tasks"]
+    said = {"data": "the labels do not fit: foreign.csv has 3", "test": "the labels do not fit: foreign.csv has 3"}
+    for field, message in said.items():
+        with pytest.raises(InvalidConfig, match=rf"tasks\[1\]\.{field}: {message}"):
+            pilot(plan_of(place, tasks=[tasks[0], {**tasks[1], field: str(foreign)}]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_in_which_nothing_was_done_takes_another_plan(place: Path, tmp_path: Path) -> None:
+    def stop(step: str, *rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    one = plan_of(place)["tasks"][:1]
+    with pytest.raises(Interrupted):
+        pilot(plan_of(place, tasks=one), tmp_path / "run", progress=stop)
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == ["pilot.json"]
+    done = pilot(plan_of(place, tasks=one, steps=[0.5], alpha="formula"), tmp_path / "run")
+    assert [step.density for step in done.report.gates] == [0.5]
+    assert ("gates", "score 8, bytes 1,000,000") in done.report.inputs
 
 
 def test_the_plan_in_the_docs_is_one() -> None:

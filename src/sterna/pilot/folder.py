@@ -66,7 +66,7 @@ def begin(folder: PilotFolder, facts: Mapping[str, Any], restart: bool) -> None:
         if not isinstance(before, dict) or before.get("format") != FORMAT:
             raise InvalidArgument(f"{folder.facts} cannot be read; name another run folder")
         changed = [name for name, _, _ in differing(before, dict(facts))]
-        if changed and not restart:
+        if changed and not restart and any(found.is_file() for found in path.rglob("*") if found != folder.facts):
             shown = ", ".join(changed[:6]) + (f" and {len(changed) - 6} more" if len(changed) > 6 else "")
             raise InvalidArgument(f"{path} holds another pilot ({shown} differ); start over with --restart, or name another run folder")
         if restart:

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from sterna.errors import InvalidArgument, SternaError
+from sterna.scoring.bench import purpose_of
+from sterna.scoring.fitted import fitted
 from sterna.scoring.metrics import metric_of
+from sterna.scoring.purpose import Purpose, of_folder
 from sterna.scoring.rows import examples_of, table_of
 from sterna.sources.adapter import is_adapter
 from sterna.sources.checkpoint import open_checkpoint, resolve
@@ -149,9 +152,10 @@ def _check(plan: PilotPlan, faults: Faults) -> None:
     if sorted(set(plan.steps), reverse=True) != plan.steps:
         faults.add("steps", f"{plan.steps} is not valid; expected densities, each smaller than the one before")
     base: Path | None = None
+    settings: Any = None
     with faults.at("model"):
         base = model_folder(plan.model)
-        load_settings(base)
+        settings = load_settings(base)
         load_tokenizer(base)
     seen: set[str] = set()
     for place, task in enumerate(plan.tasks):
@@ -161,11 +165,12 @@ def _check(plan: PilotPlan, faults: Faults) -> None:
         if not all(letter.isprintable() for letter in task.name):
             faults.add(f"{where}.name", f"{task.name!r} holds control characters; expected text that can be printed")
         seen.add(task.name)
-        _check_tuned(task, where, base, faults)
-        _check_rows(task, where, faults)
+        purpose = _check_tuned(task, where, base, faults)
+        _check_rows(task, where, base, settings, purpose, faults)
 
 
-def _check_tuned(task: TaskPlan, where: str, base: Path | None, faults: Faults) -> None:
+def _check_tuned(task: TaskPlan, where: str, base: Path | None, faults: Faults) -> Purpose | None:
+    """What the tuned model was made for; None where there is none yet, or a wrong one."""
     if (task.tuned is None) == (task.train is None):
         faults.add(
             where, f"{'neither' if task.tuned is None else 'both'} of tuned and train {'is' if task.tuned is None else 'are'} given; expected one"
@@ -177,24 +182,30 @@ def _check_tuned(task: TaskPlan, where: str, base: Path | None, faults: Faults) 
                 raise InvalidArgument(f"{task.tuned} is a file; expected a model folder, a PEFT folder, or an exact expert")
             if path.is_dir() and not is_adapter(path) and base is not None:
                 pair(open_checkpoint(base), open_checkpoint(path))
+            return purpose_of(path)
     elif task.train is not None:
         for field in ("model", "output", "run_dir"):
             if field in task.train:
                 faults.add(f"{where}.train.{field}", "not here; the pilot sets it")
+    return None
 
 
-def _check_rows(task: TaskPlan, where: str, faults: Faults) -> None:
-    kind: TaskName = task.task or "classification"
-    answered = True
+def _check_rows(task: TaskPlan, where: str, base: Path | None, settings: Any, purpose: Purpose | None, faults: Faults) -> None:
+    """Columns and metric; and labels, where there is a head that they belong to."""
+    kind, answered = task.task, True
+    columns: dict[str, Any] = {"text": task.text, "label": task.label, "text_pair": task.text_pair, "target": task.target}
     for field, files in (("data", task.data), ("test", task.test)):
         if isinstance(files, list):
             with faults.at(f"{where}.{field}"):
                 table = table_of(files)
-                if task.task is not None:
+                if purpose is not None and base is not None and settings is not None:
+                    fit = fitted(of_folder(base), purpose, settings, table, task=kind, **columns)
+                    kind, answered = fit.task, fit.examples.answers is not None
+                elif kind is not None:
                     examples, _ = examples_of(table, kind, task.text, task.label, task.text_pair, task.target)
                     answered = examples.answers is not None
-    if task.metric is not None and (task.task is not None or ":" in task.metric):
+    if task.metric is not None and (kind is not None or ":" in task.metric):
         try:
-            metric_of(task.metric, kind, answered=answered)
+            metric_of(task.metric, kind or "classification", answered=answered)
         except SternaError as error:
             faults.add(f"{where}.metric", str(error))

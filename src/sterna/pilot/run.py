@@ -128,7 +128,8 @@ def _run(plan: PilotPlan, folder: PilotFolder, warn: Callable[[str], None], prog
         subjects.append(Subject(task.name, here.for_report, climbed.expert, label, tuned, **more))
         climbs.append(climbed)
         if place == 0 and climbed.expert is None and len(plan.tasks) > 1:
-            warn(f"{task.name} passed no step; the other {len(plan.tasks) - 1} tasks are not begun")
+            others = len(plan.tasks) - 1
+            warn(f"{task.name} passed no step; the other {f'{others} tasks are' if others > 1 else 'task is'} not begun")
             break
         here.release()
     parts = [_part(subject, folder.task(place, subject.name), benches[subject.name], progress) for place, subject in enumerate(subjects)]
@@ -222,7 +223,9 @@ def _report(
     live: LivePart | None,
 ) -> Report:
     gates = tuple(result.step for climbed in climbs for result in climbed.results)
-    asked = ", ".join(f"{name} {value:g}" for name, value in plan.gates.model_dump().items() if value is not None)
+    asked = ", ".join(
+        f"{name} {f'{value:,}' if isinstance(value, int) else f'{value:g}'}" for name, value in plan.gates.model_dump().items() if value is not None
+    )
     inputs = [("gates", asked), ("steps", ", ".join(f"{step:g}" for step in plan.steps)), ("alpha", f"{plan.alpha}"), ("head", plan.head)]
     for task in plan.tasks[: len(subjects)]:
         test = f"{task.test:g} of them" if isinstance(task.test, float) else ", ".join(task.test)

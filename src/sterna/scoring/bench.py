@@ -18,11 +18,12 @@ from sterna.expert.file import load
 from sterna.live.patch import attached
 from sterna.needs import needed, quiet
 from sterna.progress import Progress, silent
-from sterna.scoring.labels import class_names, columns_in_order, generic, is_generic, numbered
+from sterna.scoring.fitted import fitted
+from sterna.scoring.labels import class_names, columns_in_order, is_generic
 from sterna.scoring.metrics import Choice, measured, metric_of, writes
 from sterna.scoring.outcome import Outcome as Outcome
-from sterna.scoring.purpose import Purpose, of_adapter, of_expert, of_folder, task_by_data
-from sterna.scoring.rows import Rows, classes_of_labels, examples_of, refuse_one_class, table_of
+from sterna.scoring.purpose import Purpose, of_adapter, of_expert, of_folder
+from sterna.scoring.rows import Rows, table_of
 from sterna.sources.adapter import is_adapter
 from sterna.sources.checkpoint import open_checkpoint, resolve
 from sterna.training.data import shuffled
@@ -239,19 +240,9 @@ def open_bench(
     wanted = next((purpose for purpose in purposes if purpose.task or purpose.head), Purpose())
     table = table_of(data)
     own = of_folder(folder)
-    chosen: TaskName = task or wanted.task or task_by_data(own, table, target)
-    examples, dropped = examples_of(table, chosen, text, label, text_pair, target)
-    classes: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    if chosen == "classification":
-        classes = wanted.classes_with(settings) or (own.classes if own.classes and not is_generic(own.classes) else None) or ()
-        labels = [str(label) for label in examples.answers or ()]
-        if not classes:
-            found = classes_of_labels(labels, own, table.source)
-            classes = generic(len(found)) if candidates else found  # whose heads have classes that nothing names
-        refuse_one_class(labels, table.source)
-        answers, names = numbered(labels, classes, table.source, warn)
-        examples = replace(examples, answers=answers)
+    columns: dict[str, Any] = {"text": text, "label": label, "text_pair": text_pair, "target": target}
+    fit = fitted(own, wanted if candidates else None, settings, table, task=task, warn=warn, **columns)
+    chosen, examples, classes = fit.task, fit.examples, fit.classes
     if rows is not None and rows < len(examples):
         examples = examples.taken(shuffled(examples, chosen, seed)[:rows])
     scored_by = metric_of(metric, chosen, answered=examples.answers is not None)
@@ -266,7 +257,7 @@ def open_bench(
     head_from, lender = _lend_head(model, folder, chosen, fits, zip(candidates, purposes, strict=True))
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     narrower = any(torch.promote_types(kind, DTYPES[dtype]) != DTYPES[dtype] for kind in stored)
-    return Bench(folder, model, prepared, scored_by, classes, names, head_from, lender, table.source, dropped, DTYPES[dtype], narrower)
+    return Bench(folder, model, prepared, scored_by, classes, fit.names, head_from, lender, table.source, fit.dropped, DTYPES[dtype], narrower)
 
 
 def _lend_head(
