@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,6 +223,16 @@ def test_on_a_live_model_within_a_loss() -> None:
     assert (note["goal"], note["evaluations"], note["allocation"]) == ("within 0.4", len(result.trials), result.setting.allocation)
     assert (result.expert.facts.density, result.expert.facts.alpha) == (result.setting.density, result.setting.alpha)
     json.dumps(result.to_dict())
+
+
+def test_base_and_tuned_model_swapped_are_noticed() -> None:
+    base, after = pair()
+    said: list[str] = []
+    sterna.search(after, base, score=Likeness(base, after), within=0.4, evaluations=1, warn=said.append)
+    assert [line for line in said if "worse than the base, 1: were the two swapped?" in line]
+    said.clear()
+    sterna.search(base, after, score=Likeness(base, after), within=0.4, evaluations=1, warn=said.append)
+    assert said == []
 
 
 def test_less_may_be_better() -> None:
@@ -521,6 +532,14 @@ def test_bad_input_is_one_line(name: str, place: Path, command: Callable[..., Do
     assert said in lines[-1]
     assert "Traceback" not in done.err
     assert not (place / "bad.safetensors").exists()
+    assert not (place / "bad.search").exists()
+
+
+def test_the_loss_that_would_do_does(place: Path, command: Callable[..., Done]) -> None:
+    words = ("search", "base", "tuned", "--data", "data.csv", "--metric", "loss", "--evaluations", "1", "-o", "near.safetensors")
+    done = command(*words, "--within", "0")
+    (loss,) = re.findall(r"--within (\S+) takes it", done.err)
+    assert command(*words, "--within", loss).code == 0
 
 
 def test_a_search_by_what_a_language_model_writes(tmp_path: Path) -> None:

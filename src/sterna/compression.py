@@ -204,7 +204,9 @@ def base_fingerprint(base: Checkpoint, progress: Progress = silent) -> Fingerpri
     """The fingerprint of a checkpoint's floating-point tensors."""
     floats = [name for name, info in base.tensors.items() if info.dtype in HASHED_DTYPES]
     progress("fingerprint", 0, len(floats), "tensors")
-    return fingerprint({name: base.read(name) for name in floats})
+    found = fingerprint({name: base.read(name) for name in floats})
+    progress("fingerprint", len(floats), len(floats), "tensors")
+    return found
 
 
 def base_facts(base: Checkpoint, mark: Fingerprint) -> BaseFacts:

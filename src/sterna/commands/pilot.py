@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sterna.commands.rows import need_scoring
-from sterna.commands.shared import Json, print_json, progress_bar, warn
+from sterna.commands.shared import Json, print_json, progress_bar, say, warn
 
 
 def pilot(
@@ -33,6 +33,6 @@ def pilot(
     for step in result.report.gates:
         failed = [gate.name for gate in step.gates if not gate.passed]
         print(f"{step.task}, density {step.density:g}: {f'stopped by {chr(44).join(failed)}' if failed else 'passed'}, {step.bytes:,} bytes")
-    print(" ".join(getattr(text, language) for text in verdict(result.report)))
+    say(" ".join(getattr(text, language) for text in verdict(result.report)))
     for path in (*result.experts.values(), result.page):
         print(path)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sterna.commands.rows import LabelColumn, MaxLength, PairColumn, TargetColumn, TextColumn, need_scoring
-from sterna.commands.shared import Json, by_task, print_json, progress_bar, refuse_unwritable, warn
+from sterna.commands.shared import Json, by_task, print_json, progress_bar, refuse_unwritable, say, warn
 from sterna.errors import InvalidArgument
 
 WHAT_HELP = "Expert files, or the run folder of `sterna pilot`, `sterna train` or `sterna search`."
@@ -40,6 +40,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Measure experts and write one self-contained HTML file: scores, storage, transfer, swaps, latency, memory, and the numbers behind them."""
+    folders = any(path.is_dir() for path in what)
+    if folders and len(what) > 1:
+        raise InvalidArgument(f"a folder is among {len(what)} paths; expected one run folder, or expert files")
+    if not folders and (base is None or not data):
+        raise InvalidArgument(f"{'--base' if base is None else '--data'} is missing; experts need a base and test rows to be measured with")
+    refuse_unwritable(output)
     need_scoring("peft")
     from sterna.reporting.measure import measure
     from sterna.reporting.page import checked_language, write_page
@@ -47,23 +53,20 @@ def report(
     from sterna.training.errors import Interrupted
 
     checked_language(lang)
-    refuse_unwritable(output)
     columns = {"text": text_column, "text_pair": pair_column, "label": label_column, "target": target_column}
     options: dict[str, Any] = {"metric": metric, "rows": rows, "max_length": max_length, "warn": warn, **columns}
     options |= {"target_max_length": target_max_length} if target_max_length is not None else {}
     rows_of, tuned_of = by_task(data, "--data") if data else None, by_task(tuned, "--tuned") if tuned else None
     found = None
-    if any(path.is_dir() for path in what):
+    if folders:
         from sterna.pilot.run import report_of_pilot
         from sterna.reporting.runs import subject_of_run
 
-        if len(what) > 1:
-            raise InvalidArgument(f"a folder is among {len(what)} paths; expected one run folder, or expert files")
         found = report_of_pilot(what[0])
         subjects = [] if found else [subject_of_run(what[0], base, rows_of, tuned_of, controls, options)]
     else:
-        if base is None or rows_of is None:
-            raise InvalidArgument(f"{'--base' if base is None else '--data'} is missing; experts need a base and test rows to be measured with")
+        assert base is not None
+        assert rows_of is not None
         subjects = subjects_of(base, what, rows_of, tuned_of, controls=controls, **options)
     if found is None:
         try:
@@ -77,5 +80,5 @@ def report(
     else:
         from sterna.reporting.verdict import verdict
 
-        print(" ".join(getattr(text, lang) for text in verdict(found)))
+        say(" ".join(getattr(text, lang) for text in verdict(found)))
         print(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -25,7 +26,7 @@ from sterna.commands.rows import (
     check_task,
     need_scoring,
 )
-from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, refuse_unwritable, size, warn
+from sterna.commands.shared import BASE_HELP, Json, print_json, progress_bar, refuse_unwritable, say, size, warn
 from sterna.errors import InvalidArgument, SternaError
 
 if TYPE_CHECKING:
@@ -147,17 +148,24 @@ def _unreached(result: SearchResult) -> str:
     assert result.selection is not None
     assert result.metric is not None
     found = result.selection
-    tuned, expert, loss = figures(result.metric, found.tuned, found.expert, abs(found.tuned - found.expert))
+    tuned, expert = figures(result.metric, found.tuned, found.expert)
+    loss = _rounded_up(abs(found.tuned - found.expert))
     return (
         f"none of {len(result.trials)} settings is within {result.goal.within:g} of the tuned model's {result.metric.title}, {tuned}: the best, "
-        f"{result.setting}, has {expert} in {size(result.bytes)}; --within {loss} takes it, or allow more --evaluations"
+        f"{result.setting}, has {expert} in {size(result.bytes)}; --within {loss:g} takes it, or allow more --evaluations"
     )
 
 
+def _rounded_up(value: float) -> float:
+    """In three digits, and never less."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2) if value else 1.0
+    return float(f"{math.ceil(value / unit) * unit:.3g}")
+
+
 def _show(result: SearchResult, output: Path, kept: Path) -> None:
-    print(f"{output}: {size(result.bytes)}; {result.setting}")
+    say(f"{output}: {size(result.bytes)}; {result.setting}")
     if result.selection is None:
-        print("chosen by formula, without data: --data FILE with --within or --max-bytes chooses by score")
+        say("chosen by formula, without data: --data FILE with --within or --max-bytes chooses by score")
         return
     from rich.console import Console
 
@@ -169,10 +177,10 @@ def _show(result: SearchResult, output: Path, kept: Path) -> None:
     if result.goal.within is not None:
         sign = 1 if result.higher_is_better else -1
         loss = sign * (result.selection.tuned - result.selection.expert)
-        more = f"; about {settle:,} rows like these would settle it" if settle else ""
-        print(f"within {result.goal.within:g}: on the selection rows it loses {loss:.2f}{more}")
+        more = f"; about {settle:,} rows like these would settle it" if settle and settle > (result.selection.rows or 0) else ""
+        say(f"within {result.goal.within:g}: on the selection rows it {'gains' if loss < 0 else 'loses'} {abs(loss):.2f}{more}")
     made = "" if result.scored == len(result.trials) else f", {result.scored} of them now"
-    print(f"{len(result.trials)} settings scored{made}; scores are kept in {kept}")
+    say(f"{len(result.trials)} settings scored{made}; scores are kept in {kept}")
 
 
 def _table(result: SearchResult) -> Any:

@@ -22,6 +22,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 ExpertFile = Annotated[Path, typer.Argument(metavar="EXPERT", help="An expert file.", show_default=False)]
 AllowNarrower = Annotated[bool, typer.Option("--allow-narrower", help="Accept the expert's base in a narrower dtype than the expert was made on.")]
 
+WIDE = 120
+"""Columns of a terminal from which on progress has its rate beside it."""
+
 BASE_HELP = "The base: a model folder, a safetensors file, or a hub id (org/name or org/name@revision)."
 
 
@@ -40,6 +43,17 @@ def warn(message: str) -> None:
     print(f"sterna: {message}", file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """A result in words: on a terminal folded between words, else as it is."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console().print(Text(text))
+
+
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A bar with rate, time left and a note (a loss, say) for each step, on a terminal only; gone when the work is done."""
@@ -49,21 +63,29 @@ def progress_bar() -> Iterator[Progress]:
     import rich.progress
     from rich.console import Console
     from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
+
+    console = Console(stderr=True)
+    wide = console.width >= WIDE
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
             return Text(f"{_count(speed)} {task.fields['unit']}/s" if speed else "")
 
+    class Note(ProgressColumn):  # what gives way where room is short
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
     bar = rich.progress.Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(40 if wide else 10),
+        TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True)),
+        *([Rate(table_column=Column(no_wrap=True))] if wide else []),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        Note(),
+        console=console,
         transient=True,
     )
     tasks: dict[str, Any] = {}

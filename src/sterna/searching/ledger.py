@@ -28,13 +28,15 @@ class Ledger:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> Ledger:
-        """Make the folder where it is not there. Raises CannotWrite."""
+        """Check that the folder can be written, or made; it is made for the first score. Raises CannotWrite."""
         if folder is None:
             return cls(None, about)
         path = Path(folder).expanduser()
         try:
-            (path / FOLDER).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path / FOLDER):
+            there = path / FOLDER
+            while not there.exists():
+                there = there.parent
+            with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             raise CannotWrite(f"{path} cannot be written: {error.strerror or error}; name another run folder") from error
@@ -55,6 +57,10 @@ class Ledger:
         """Keep a score. Raises CannotWrite."""
         path = self._path(what)
         if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CannotWrite(f"{path.parent} cannot be made: {error.strerror or error}; name another run folder") from error
             with whole_file(path) as file:
                 file.write(json.dumps({"format": FORMAT, "of": what, "score": score, **self.about}, sort_keys=True).encode())
 

@@ -97,6 +97,8 @@ def search(
     ledger = replace(ledger, about={"made_of": maker.digest(), "coding": coding, **scorer.about})
     sign = 1 if higher_is_better else -1
     problem = Scored(maker, scorer, ledger, sign)
+    if problem.tuned < problem.base:
+        warn(f"the tuned model scores {sign * problem.tuned:.4g}, worse than the base, {sign * problem.base:.4g}: were the two swapped?")
     trials = _explore(problem, families, goal, limit, evaluations, sign, progress)
     chosen, reached = choice(trials, goal, limit, problem.tuned)
     selection = _compared(problem, scorer if isinstance(scorer, OfRows) else None, chosen)
