@@ -287,6 +287,17 @@ def test_a_changed_tensor_is_hashed_again(change: Callable[[torch.Tensor], objec
     assert hashed.since() == 1
 
 
+def test_what_was_forgotten_is_hashed_again(hashed: Counter) -> None:
+    known = LiveDigests()
+    one, other = torch.arange(4.0), torch.arange(5.0)
+    known.of([one, other])
+    known.forget(one)
+    known.forget(torch.zeros(2))  # never seen
+    assert hashed.since() == 2
+    assert known.of([one, other]) == [plain_digest(one), plain_digest(other)]
+    assert hashed.since() == 1
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_training_is_seen(optimizer: type[torch.optim.Optimizer], foreach: bool, hashed: Counter) -> None:

@@ -387,6 +387,32 @@ def test_lora_bytes_are_those_of_peft() -> None:
     assert expected == 2 * sum(value.numel() for name, value in wrapped.named_parameters() if "lora_" in name)
 
 
+def test_the_first_attach_that_is_timed_finds_the_fingerprint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from sterna import fingerprint
+    from sterna.live.patch import forget_base
+
+    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(place / "base", num_labels=2)
+    expert = sterna.load(place / "at0.3.safetensors")
+    hashed: list[torch.Size] = []
+    digest = fingerprint.tensor_digest
+
+    def counted(tensor: torch.Tensor, *how: torch.dtype) -> bytes:
+        hashed.append(tensor.shape)
+        return digest(tensor, *how)
+
+    monkeypatch.setattr(fingerprint, "tensor_digest", counted)
+    found = []
+    for forget in (False, False, True):
+        hashed.clear()
+        if forget:
+            forget_base(model)
+        with sterna.attached(model, expert):
+            found.append(len(hashed))
+    assert found[1] == 0 < found[0] == found[2]
+
+
 def test_swaps_threads_and_memory_leave_the_base_as_it_was(place: Path) -> None:
     import transformers
 

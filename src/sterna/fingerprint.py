@@ -127,6 +127,10 @@ class LiveDigests:
         reference = known[0] if known is not None and known[0]() is tensor else weakref.ref(tensor, lambda gone: self._forget(key, gone))
         self._known[key] = (reference, _state(tensor), digest)
 
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Hash that tensor anew when it is asked for next."""
+        self._known.pop(id(tensor), None)
+
     def _forget(self, key: int, gone: weakref.ref[torch.Tensor]) -> None:
         known = self._known.get(key)
         if known is not None and known[0] is gone:

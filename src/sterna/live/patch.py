@@ -98,6 +98,12 @@ def attached(
             patch.detach()
 
 
+def forget_base(model: torch.nn.Module) -> None:
+    """Let the next expert find the base's fingerprint anew, as the first one on a loaded model does: to time it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        _digests.forget(tensor)
+
+
 def attached_to(model: torch.nn.Module) -> Patch | None:
     """The patch that is on the model now, or None. `attached_to(model).expert` is the expert."""
     return _patches.get(unwrap(model))

@@ -18,7 +18,7 @@ import torch
 from sterna.compression import DENSITY
 from sterna.errors import WrongBase
 from sterna.expert.expert import Expert
-from sterna.live.patch import attach, attached
+from sterna.live.patch import attach, attached, forget_base
 from sterna.progress import Progress, silent
 from sterna.reporting.machine import machine
 from sterna.reporting.report import (
@@ -248,6 +248,7 @@ def live_part(subjects: Sequence[Subject], benches: Sequence[Bench], repeats: in
     other = experts[1] if len(experts) > 1 else next((expert for _, expert in subject.others), None)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rounds = _counter(progress, "timing attach, swap, detach", repeats + 1, "rounds")
+    forget_base(model)  # the scores before have had its fingerprint
     steps = live_steps(model, first, other, repeats, rounds)
     speed = latency(model, first, longest_batch(bench), repeats, _counter(progress, "timing inference", repeats, "pairs"))
     memory = memory_of(model, experts)

@@ -181,7 +181,7 @@ TEXTS = {
     "storage.delta": Text(
         "A 16-bit delta holds two bytes for every tuned parameter. LoRA is computed for rank "
         "8 on the modules that PEFT takes by default, where the tuned model is no LoRA itself.",
-        "16ビット差分は、調整した全パラメータにつき2バイトです。LoRAは、元がLoRAでない場合、PEFTの既定モジュールにランク8で適用した計算値です。",
+        "16ビット差分は、調整したすべてのパラメータにつき2バイトです。LoRAは、元がLoRAでない場合、PEFTの既定モジュールにランク8で適用した計算値です。",
     ),
     # Transfer
     "transfer.title": Text("Transfer", "転送時間"),
