@@ -16,7 +16,7 @@ from sterna.expert.expert import Expert
 from sterna.expert.file import file_pieces
 from sterna.precision import HeadPrecision
 from sterna.progress import Progress, silent
-from sterna.searching.allocation import closed_form_alpha
+from sterna.searching.allocation import AllocationName, closed_form_alpha
 from sterna.searching.candidates import Maker, Setting
 from sterna.searching.ledger import Ledger
 from sterna.searching.result import Compared, Evaluated, Goal, SearchResult
@@ -141,13 +141,16 @@ def _goal(within: float | None, max_bytes: int | None, score: object, data: obje
 
 
 def families_of(maker: Maker) -> list[Family]:
-    """What a search looks at, the first before the others."""
+    """What a search looks at, the first before the others: the order of docs/benchmarks.md's evidence. An adapter's factors differ much in size."""
     head: HeadPrecision = "int8" if maker.head_bytes else "exact"
     if len(maker.surveys) == 1:
         return [Family(head=head)]
-    families = [Family("scaled", 1, head), Family("balanced", 1, head)]
-    if maker.has_fisher:
-        families = [Family("fisher", 1, head), Family("scaled", 1, head)]
+    names: tuple[AllocationName, ...] = ("scaled", "balanced")
+    if maker.matched.task.source in ("lora", "ia3"):
+        names = ("tensor", "balanced")
+    elif maker.has_fisher:
+        names = ("fisher", "scaled")
+    families = [Family(name, 1, head) for name in names]
     return [*families, Family("global", 2, head)] if maker.of_whole_tensors else families
 
 
