@@ -7,8 +7,8 @@ Predicted: Base 41, LoRA 22, HiWi weight 22, PaFi 24: so few steps favour method
     PaFi within 3 % of its perplexity in 80 KB, 1 in 25 of its exact file; ternary LoRA within 3 % in 65 KB; HiWi's dense change loses most.
 Peer: PEFT's LoRA r=9 on query and value, and full fine-tuning.
 Note: Seasons 1 to 8 train, 9 chooses the rate, the scale alpha and nothing else, 10 is the test. Segments of 64 tokens within an episode. Each
-    method has three or four rates, rising over 4 steps and falling to zero. Intervals are over segments, of one training each; they do not tell how much
-    another seed would change.
+    method has three or four rates, rising over 4 steps and falling to zero. Intervals are over segments, of one training each; they do not tell how
+    much another seed would change.
 """
 
 from __future__ import annotations
