@@ -55,11 +55,6 @@ class Score:
         return int(self.right.sum()), -self.loss
 
 
-def longest(tokens: Tokens, rows: int) -> dict[str, torch.Tensor]:
-    """The inputs of the last rows of the last batch: the longest texts."""
-    return {name: value[-rows:] for name, value in tokens.batches[-1].inputs.items()}
-
-
 def tokenized(tokenizer: Any, split: Split, max_length: int) -> Tokens:
     ids = tokenizer(list(split.texts), truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

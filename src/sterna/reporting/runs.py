@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,18 @@ def _of_search(file: Path, base: str | None, data: Any, tuned: Any, controls: bo
     def whole(source: Any, **fields: Any) -> Bench:
         return open_bench(base or said["base"], source, **{"like": [given, expert], "seed": said["seed"], **settings, **fields})
 
+    @cache
+    def parts() -> tuple[Bench, Bench]:
+        """Selection and test, where the search split its rows: both are wanted, and the base is loaded once."""
+        return whole(said["data"]).split(1 - said["test"], said["seed"])
+
     def opened() -> Bench:
         if data is not None:
             return whole(data)
-        return whole(said["test"], rows=options.get("rows")) if own_test else whole(said["data"]).split(1 - said["test"], said["seed"])[1]
+        return whole(said["test"], rows=options.get("rows")) if own_test else parts()[1]
 
     def selection() -> Bench:
-        return whole(said["data"]) if own_test else whole(said["data"]).split(1 - said["test"], said["seed"])[0]
+        return whole(said["data"]) if own_test else parts()[0]
 
     trail = tuple(_trial(trial, chosen) for trial in trials)
     name, stem = str(expert.facts.metadata.get("task") or Path(found["file"]).stem), Path(found["file"]).stem

@@ -64,6 +64,7 @@ METRICS = {
     )
 }
 
+
 def classification(logits: Floats, labels: Integers) -> dict[str, float]:
     """Logits [n, classes] against labels [n]: accuracy, F1 averaged over the classes that occur or are predicted, Matthews', cross-entropy."""
     scores = needed("sklearn.metrics", "sterna[train]")
