@@ -87,13 +87,17 @@ METHODS = {
     "pafi .001": Method("PaFi .001", _tuned(PaFi(density=0.001)), MASKED),
     "pafi .005": Method("PaFi .005", _tuned(PaFi(density=0.005)), MASKED),
     "pafi .02": Method("PaFi .02", _tuned(PaFi(density=0.02)), MASKED),
-    "hiwi bias 4": Method("HiWi bias r=4", _tuned(HiWi(target="bias", rank=4)), BIASES),
-    "hiwi bias 16": Method("HiWi bias r=16", _tuned(HiWi(target="bias", rank=16)), BIASES),
-    "hiwi bias 64": Method("HiWi bias r=64", _tuned(HiWi(target="bias", rank=64)), BIASES),
+    "hiwi bias 4": Method("HiWi bias r=4, ReLU", _tuned(HiWi(target="bias", rank=4, activation="relu")), BIASES),
+    "hiwi bias 16": Method("HiWi bias r=16, ReLU", _tuned(HiWi(target="bias", rank=16, activation="relu")), BIASES),
+    "hiwi bias 64": Method("HiWi bias r=64, ReLU", _tuned(HiWi(target="bias", rank=64, activation="relu")), BIASES),
+    "hiwi bias gelu": Method("HiWi bias r=16, GELU", _tuned(HiWi(target="bias", rank=16, activation="gelu")), BIASES),
     "hiwi weight": Method("HiWi weight r=4", _tuned(HiWi(target="weight", rank=4)), (1e-3, 3e-3, 1e-2)),
     "head": Method("linear head alone", _head, (3e-3, 1e-2, 3e-2)),
 }
-FIRST = ("pafi .005", "full", "random", "hiwi bias 16", "ff-biases", "lora", "head", "largest", "bitfit", "pafi .02", "pafi .001", "hiwi weight")
+FIRST = (
+    "pafi .005", "full", "random", "hiwi bias 16", "hiwi bias gelu", "ff-biases", "lora", "head", "largest", "bitfit", "pafi .02", "pafi .001",
+    "hiwi weight",
+)  # fmt: skip
 ORDER = (*FIRST, *(name for name in METHODS if name not in FIRST))
 
 

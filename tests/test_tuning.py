@@ -315,7 +315,7 @@ def test_half_models_train_in_float32_beneath() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_an_attached_expert_is_the_finished_model(name: str, dtype: torch.dtype, method: Any, tmp_path: Path) -> None:
     model, tuning = tuned(name, method, dtype)
-    train(model, torch.optim.SGD(tuning.parameters(), lr=0.05))
+    train(model, torch.optim.AdamW(tuning.parameters(), lr=0.02, eps=1e-4))  # with the usual eps half-precision heads become NaN
     tuning.expert().save(tmp_path / "expert.safetensors")
     tuning.finish()
     fresh = made(name, dtype)
@@ -546,6 +546,23 @@ def test_zero_biases_cannot_move_but_can_be_trained_directly() -> None:
     before = copy.deepcopy(state_of(model))
     tuning.finish()
     assert same_state(model, before)
+
+
+def test_adapters_that_died_are_named() -> None:
+    """Every unit of act(b D) below zero: U may be anything, and adds nothing."""
+    _, tuning = tuned("bert", sterna.HiWi(rank=3))
+    adapters = [part for part in tuning.parts if isinstance(part, Adapter)]
+    with torch.no_grad():
+        for part in adapters:
+            part.tap.U.fill_(1)
+            part.tap.D.copy_(-part.slots[0].tensor[:, None].expand(-1, 3))
+    with pytest.raises(TuningError, match="every adapter has died"):
+        tuning.expert()
+    with torch.no_grad():
+        adapters[0].tap.D.neg_()
+    assert tuning.unmoved() == [part.name for part in adapters[1:]]
+    ternary = {change.name: change.ternaries[0] for change in tuning.expert(values="ternary", density=1).changes if change.ternaries}
+    assert {name for name, levels in ternary.items() if levels.count} == {adapters[0].name}
 
 
 def test_models_without_feed_forward_biases_say_what_there_is() -> None:

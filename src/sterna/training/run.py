@@ -17,6 +17,7 @@ import torch
 from sterna.expert.expert import Expert
 from sterna.needs import needed, quiet
 from sterna.progress import Progress, silent
+from sterna.sources.names import some
 from sterna.training.errors import Interrupted
 from sterna.training.evaluation import Evaluation, evaluation
 from sterna.training.methods import Prepared, compressed_expert, keep_trained, prepare, tuned_expert
@@ -172,6 +173,8 @@ def _written(plan: Plan, prepared: Prepared, warn: Callable[[str], None], progre
     """Write the expert, or the PEFT folder of a method that makes none."""
     if prepared.tuning is not None:
         expert: Expert = tuned_expert(prepared, plan.config)
+        if still := prepared.tuning.unmoved():
+            warn(f"{len(still)} of {len(prepared.tuning.parts)} tensors to be trained ended as they were: {some(still)}")
         prepared.tuning.discard()
     else:
         keep_trained(prepared, plan.tokenizer, plan.run.trained)

@@ -36,7 +36,7 @@ class Part(Protocol):
         """Put the base's values back, to the bit."""
 
     def moved(self) -> bool:
-        """Whether training has changed anything."""
+        """Whether training has changed the tensor; an adapter's factors may have moved and still add nothing."""
 
 
 def hangs_at(tensor: torch.Tensor, slots: Sequence[Slot]) -> list[Slot]:
@@ -167,4 +167,5 @@ class Adapter:
         remove(self.slots)
 
     def moved(self) -> bool:
-        return bool(self.tap.U.detach().any())
+        stored = self.slots[0].tensor.detach()
+        return not torch.equal(self.tap.folded(stored), stored)

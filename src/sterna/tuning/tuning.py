@@ -27,7 +27,7 @@ from sterna.sources.stored import unwrap
 from sterna.tuning.hiwi import HiWi
 from sterna.tuning.outcome import Values, expert_of
 from sterna.tuning.pafi import PaFi
-from sterna.tuning.parts import Entries, Part, Whole, hangs_at
+from sterna.tuning.parts import Adapter, Entries, Part, Whole, hangs_at
 from sterna.writing import whole_file
 
 Method = PaFi | HiWi
@@ -168,6 +168,13 @@ class Tuning:
             for part in self.parts:
                 part.write()
 
+    def unmoved(self) -> list[str]:
+        """Names of the tensors that training has left as they were, to the bit: adapters that died, among others (see `HiWi`)."""
+        self._refuse_ended()
+        self.write()
+        with torch.no_grad():
+            return [part.name for part in self.parts if not part.moved()]
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A checkpoint of the tuning: trained values, head and the buffers that changed; never the whole model."""
         self._refuse_ended()
@@ -231,12 +238,11 @@ class Tuning:
         (`density` .3 and `alpha` 2 unless given). HiWi's weight variant stores D and U, or with "ternary" the compressed change. `head` is the
         precision of the head, as in `compress`.
 
-        Raises TuningError where no value has moved: an optimizer that was built before `tune` trains nothing here.
+        Raises TuningError where no tensor has moved: an optimizer that was built before `tune` trains nothing here, and adapters that all died
+        leave the base.
         """
-        self._refuse_ended()
-        self.write()
-        if not any(part.moved() for part in self.parts):
-            raise TuningError("no trained value has moved; was the optimizer built before tune()? build it over tuning.parameters()")
+        if len(self.unmoved()) == len(self.parts):
+            raise TuningError(_why_nothing_moved(self.parts))
         return expert_of(self, values=values, density=density, alpha=alpha, head=head, metadata=dict(metadata or {}))
 
     def finish(self) -> None:
@@ -282,6 +288,15 @@ def _after_step(optimizer: torch.optim.Optimizer, arguments: Sequence[Any], keyw
 
 
 register_optimizer_step_post_hook(_after_step)
+
+
+def _why_nothing_moved(parts: Sequence[Part]) -> str:
+    if any(isinstance(part, Adapter) and part.tap.U.detach().any() for part in parts):
+        return (
+            "every adapter has died: act(W D) is zero in all of its units, the tensors are the base's, and no gradient comes back; "
+            "train at a lower learning rate, or with HiWi(activation='gelu')"
+        )
+    return "no trained value has moved; was the optimizer built before tune()? build it over tuning.parameters()"
 
 
 def _refuse_frozen(root: torch.nn.Module) -> None:
