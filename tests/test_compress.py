@@ -747,7 +747,14 @@ def broken_folders(folder: Path) -> Iterator[tuple[str, Path, type[Exception], s
     (short / "model.safetensors").write_bytes((short / "model.safetensors").read_bytes()[:-100])
     yield "the file is cut short", short, InvalidFile, "not a whole safetensors file"
     (folder / "empty").mkdir()
-    yield "nothing is there", folder / "empty", NotFound, "no safetensors weights"
+    yield "nothing is there", folder / "empty", NotFound, "no safetensors weights; found nothing"
+    (folder / "run").mkdir()
+    (folder / "whole").rename(folder / "run" / "trained")
+    yield "the model lies one folder deeper", folder / "run", NotFound, "no safetensors weights; some lie in .*trained"
+    (folder / "run" / "trained").rename(folder / "whole")
+    (folder / "published").mkdir()
+    sterna.compress(made("bert"), tuned(made("bert"))).save(folder / "published" / "expert.safetensors")
+    yield "an expert in a folder", folder / "published", InvalidArgument, r"expert\.safetensors is an expert; expected a checkpoint"
     many = copied("many")
     (many / "model.safetensors.index.json").unlink()
     yield "the index is gone", many, InvalidFile, "no index"

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, Unsupported
+from sterna.expert.file import TABLE
 from sterna.sources.names import BUFFERS, NONPERSISTENT, is_embedding, last, plain, some
 from sterna.sources.stored import stored_names, unwrap
 
@@ -131,7 +132,9 @@ def _from_folder(folder: Path) -> Checkpoint:
     else:
         for name in files:
             refuse_pickle(folder / name)
-        raise NotFound(f"{folder} has no safetensors weights; found {some(files) or 'nothing'}")
+        nested = dict.fromkeys(str(path.parent) for path in sorted(folder.glob("*/*.safetensors")))
+        where = f"; some lie in {some(nested)}" if nested else f"; found {some(files) or 'nothing'}"
+        raise NotFound(f"{folder} has no safetensors weights{where}")
     config = read_json(folder / "config.json") if "config.json" in files else {}
     return _from_files(shards, folder, config)
 
@@ -166,6 +169,8 @@ def _from_files(shards: dict[str | None, Path], folder: Path | None, config: dic
             piece = handle.get_slice(name)
             tensors[name] = TensorInfo(_dtype(piece.get_dtype(), name, path), tuple(piece.get_shape()))
             where[name] = path
+    if TABLE in tensors:
+        raise InvalidArgument(f"{where[TABLE]} is an expert; expected a checkpoint: a model's folder or its safetensors file")
     missing = [name for name in shards if name is not None and name not in tensors]
     if missing:
         raise InvalidFile(f"the index of {folder} names tensors that its shards lack: {some(missing)}")
