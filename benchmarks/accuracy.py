@@ -91,7 +91,7 @@ METHODS = {
     "hiwi bias 16": Method("HiWi bias r=16, ReLU", _tuned(HiWi(target="bias", rank=16, activation="relu")), BIASES),
     "hiwi bias 64": Method("HiWi bias r=64, ReLU", _tuned(HiWi(target="bias", rank=64, activation="relu")), BIASES),
     "hiwi bias gelu": Method("HiWi bias r=16, GELU", _tuned(HiWi(target="bias", rank=16, activation="gelu")), BIASES),
-    "hiwi weight": Method("HiWi weight r=4", _tuned(HiWi(target="weight", rank=4)), (1e-3, 3e-3, 1e-2)),
+    "hiwi weight": Method("HiWi weight r=4, ReLU", _tuned(HiWi(target="weight", rank=4, activation="relu")), (1e-3, 3e-3, 1e-2)),
     "head": Method("linear head alone", _head, (3e-3, 1e-2, 3e-2)),
 }
 FIRST = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -40,9 +41,10 @@ class Recipe:
 
 
 def training_key(recipe: Recipe, base: Path, task: Task) -> str:
-    """A digest of everything that determines the result: recipe, base, training rows, library versions."""
+    """A digest of everything that determines the result: recipe, what of Sterna's it trains by, base, training rows, library versions."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers")}
-    facts = {"recipe": asdict(recipe), "base": model_digest(base), "task": task.digest(), "versions": versions}
+    said = {"recipe": asdict(recipe), "methods": [str(method) for method in methods_of(recipe)]}
+    facts = {**said, "base": model_digest(base), "task": task.digest(), "versions": versions}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -109,14 +111,24 @@ def _train(recipe: Recipe, base: Path, task: Task, tokens: Tokens, tokenizer: An
             tokenizer.save_pretrained(into)
 
 
+def methods_of(recipe: Recipe) -> tuple[sterna.PaFi | sterna.HiWi, ...]:
+    """PaFi at its usual density, or HiWi on the feed-forward biases, then on the weights for a model that has no such biases."""
+    match recipe.kind:
+        case "pafi":
+            return (sterna.PaFi(density=PAFI_DENSITY, gradient="sampled"),)
+        case "hiwi":
+            return sterna.HiWi(target="bias", rank=recipe.rank, zero_bias="direct"), sterna.HiWi(target="weight", rank=recipe.rank)
+        case _:
+            return ()
+
+
 def tuned(model: torch.nn.Module, recipe: Recipe, base: Path) -> sterna.Tuning:
-    """PaFi at its usual density, or HiWi on the feed-forward biases; on the weights where a model has no such biases."""
-    if recipe.kind == "pafi":
-        return sterna.tune(model, sterna.PaFi(density=PAFI_DENSITY, gradient="sampled"), base=base)
-    try:
-        return sterna.tune(model, sterna.HiWi(target="bias", rank=recipe.rank, zero_bias="direct"), base=base)
-    except Unsupported:
-        return sterna.tune(model, sterna.HiWi(target="weight", rank=recipe.rank), base=base)
+    """The model under the recipe's first method that fits it."""
+    *others, last = methods_of(recipe)
+    for method in others:
+        with contextlib.suppress(Unsupported):
+            return sterna.tune(model, method, base=base)
+    return sterna.tune(model, last, base=base)
 
 
 def with_lora(model: Any, rank: int) -> Any:

@@ -37,7 +37,7 @@ class HiWi:
 
     target: Literal["bias", "weight"] = "bias"
     rank: int = 16
-    activation: Activation = "relu"
+    activation: Activation = "gelu"
     scale: float = 1.0
     init_std: float = 0.02
     modules: Sequence[str] | None = None
