@@ -29,8 +29,8 @@ class HiWi:
     """An adapter on each bias or weight of the feed-forward layers, with D and U of its own.
 
     `target`: "bias" trains 2 * rank * (d_ff + d_model) numbers a block and stores the d_ff + d_model new biases; "weight" acts along the d_model axis
-    of each matrix and stores D and U, or the compressed change. `activation` is the paper's non-linearity (which it does not name): "relu", "gelu" or
-    "identity". `scale` is s. U begins at zero, D is drawn from N(0, init_std^2) by torch's generator. `modules` are glob patterns of the base's
+    of each matrix and stores D and U, or the compressed change. `activation` is the paper's non-linearity (which it does not name): "gelu", "relu" or
+    "identity"; under "relu" the adapter of a bias may die, for good. `scale` is s. U begins at zero, D is drawn from N(0, init_std^2) by torch's generator. `modules` are glob patterns of the base's
     modules in place of the feed-forward layers found by architecture. `zero_bias`: a bias that is zero in every entry cannot move
     (act(0 D) U = 0): "error", or "direct" to train such biases themselves.
     """
