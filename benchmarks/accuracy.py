@@ -87,17 +87,14 @@ METHODS = {
     "pafi .001": Method("PaFi .001", _tuned(PaFi(density=0.001)), MASKED),
     "pafi .005": Method("PaFi .005", _tuned(PaFi(density=0.005)), MASKED),
     "pafi .02": Method("PaFi .02", _tuned(PaFi(density=0.02)), MASKED),
-    "hiwi bias 4": Method("HiWi bias r=4, ReLU", _tuned(HiWi(target="bias", rank=4, activation="relu")), BIASES),
-    "hiwi bias 16": Method("HiWi bias r=16, ReLU", _tuned(HiWi(target="bias", rank=16, activation="relu")), BIASES),
-    "hiwi bias 64": Method("HiWi bias r=64, ReLU", _tuned(HiWi(target="bias", rank=64, activation="relu")), BIASES),
-    "hiwi bias gelu": Method("HiWi bias r=16, GELU", _tuned(HiWi(target="bias", rank=16, activation="gelu")), BIASES),
-    "hiwi weight": Method("HiWi weight r=4, ReLU", _tuned(HiWi(target="weight", rank=4, activation="relu")), (1e-3, 3e-3, 1e-2)),
+    "hiwi bias 4": Method("HiWi bias r=4", _tuned(HiWi(target="bias", rank=4)), BIASES),
+    "hiwi bias 16": Method("HiWi bias r=16", _tuned(HiWi(target="bias", rank=16)), BIASES),
+    "hiwi bias 64": Method("HiWi bias r=64", _tuned(HiWi(target="bias", rank=64)), BIASES),
+    "hiwi bias relu": Method("HiWi bias r=16, ReLU", _tuned(HiWi(target="bias", rank=16, activation="relu")), BIASES),
+    "hiwi weight": Method("HiWi weight r=4", _tuned(HiWi(target="weight", rank=4)), (1e-3, 3e-3, 1e-2)),
     "head": Method("linear head alone", _head, (3e-3, 1e-2, 3e-2)),
 }
-FIRST = (
-    "pafi .005", "full", "random", "hiwi bias 16", "hiwi bias gelu", "ff-biases", "lora", "head", "largest", "bitfit", "pafi .02", "pafi .001",
-    "hiwi weight",
-)  # fmt: skip
+FIRST = ("pafi .005", "full", "random", "hiwi bias 16", "hiwi bias relu", "ff-biases", "lora", "head", "largest", "bitfit", "pafi .02", "hiwi weight")
 ORDER = (*FIRST, *(name for name in METHODS if name not in FIRST))
 
 
@@ -215,10 +212,17 @@ def go_on(minutes: float, only: list[str]) -> None:
         harness.note(f"{run.key}: {outcome}")
 
 
+def at_chosen_rate(results: Results, task: str, method: str) -> dict[int, dict[str, Any]]:
+    """The trainings on all texts at the chosen rate, by seed."""
+    rate = chosen_rate(results, task, method)
+    keys = {seed: Run(task, method, rate, 1, seed).key for seed in SEEDS} if rate is not None else {}
+    return {seed: results[key] for seed, key in keys.items() if key in results}
+
+
 def tables() -> str:
-    """One table a task: accuracy on the test texts, mean and range over seeds, with the sizes beside the head."""
+    """All tasks beside each other, then one table a task: accuracy on the test texts, mean and range over seeds, with the sizes beside the head."""
     found = load()
-    parts = []
+    parts = [summary(found)]
     for task, rows in found["rows"].items():
         lines = [
             f"**{task}**: {rows['train']:,} training texts, {rows['test']:,} test texts, {rows['classes']} classes; "
@@ -229,16 +233,15 @@ def tables() -> str:
         ]
         missing = []
         for name, method in METHODS.items():
-            rate = chosen_rate(found["runs"], task, name)
-            keys = [Run(task, name, rate, 1, seed).key for seed in SEEDS] if rate is not None else []
-            runs = {key: found["runs"][key] for key in keys if key in found["runs"]}
-            left = [str(seed) for seed in SEEDS if not any(key.endswith(f"|{seed}") for key in runs)]
-            missing += [f"{method.label} (seed {' and '.join(left)})" if len(left) < len(SEEDS) else method.label] if left else []
+            runs = at_chosen_rate(found["runs"], task, name)
+            left = [str(seed) for seed in SEEDS if seed not in runs]
+            missing += [f"{method.label} (seed {' and '.join(left)})" if runs else method.label] if left else []
             if not runs:
                 lines.append(f"| {method.label} | | | | | 0 |")
                 continue
             scores = [100 * value["test"] for value in runs.values()]
             one = next(iter(runs.values()))
+            rate = chosen_rate(found["runs"], task, name)
             spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
             lines.append(
                 f"| {method.label} | {rate:g} | {one['trained']:,} | {one['stored']:,} | {statistics.mean(scores):.1f}{spread} | {len(scores)} |"
@@ -253,6 +256,32 @@ def tables() -> str:
         f"minutes altogether; begun at commit {made['commit']}, {made['date']}."
     )
     return "\n\n".join(parts)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """Every method on every task: mean accuracy over the seeds that were run, and the mean over tasks where all of them are there."""
+    names = list(found["rows"])
+    lines = [f"| method | trained | stored | {' | '.join(names)} | mean |", "| --- " * (len(names) + 4) + "|"]
+    rows: list[tuple[str, str, str, list[float | None]]] = [
+        ("bag of words", "", "", [found["bag of words"][task] for task in names]),
+        *((method.label, *_counts(found["runs"], name), [_mean(found["runs"], task, name) for task in names]) for name, method in METHODS.items()),
+    ]
+    for label, trained, stored, scores in rows:
+        there = [score for score in scores if score is not None]
+        cells = ["" if score is None else f"{100 * score:.1f}" for score in [*scores, statistics.mean(there) if len(there) == len(names) else None]]
+        lines.append(f"| {label} | {trained} | {stored} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(results: Results, task: str, method: str) -> float | None:
+    runs = at_chosen_rate(results, task, method)
+    return statistics.mean(run["test"] for run in runs.values()) if runs else None
+
+
+def _counts(results: Results, method: str) -> tuple[str, str]:
+    """Numbers trained and stored beside the head: the same on every task."""
+    run = next((run for key, run in results.items() if key.split("|")[1] == method), None)
+    return (f"{run['trained']:,}", f"{run['stored']:,}") if run else ("", "")
 
 
 def main() -> None:
