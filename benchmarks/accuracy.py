@@ -92,6 +92,7 @@ METHODS = {
     "hiwi bias 64": Method("HiWi bias r=64", _tuned(HiWi(target="bias", rank=64)), BIASES),
     "hiwi bias relu": Method("HiWi bias r=16, ReLU", _tuned(HiWi(target="bias", rank=16, activation="relu")), BIASES),
     "hiwi weight": Method("HiWi weight r=4", _tuned(HiWi(target="weight", rank=4)), (1e-3, 3e-3, 1e-2)),
+    "hiwi weight gelu": Method("HiWi weight r=4, GELU", _tuned(HiWi(target="weight", rank=4, activation="gelu")), (1e-3, 3e-3, 1e-2)),
     "head": Method("linear head alone", _head, (3e-3, 1e-2, 3e-2)),
 }
 FIRST = ("pafi .005", "full", "random", "hiwi bias 16", "hiwi bias relu", "ff-biases", "lora", "head", "largest", "bitfit", "pafi .02", "hiwi weight")

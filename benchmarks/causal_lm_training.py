@@ -8,7 +8,7 @@ Predicted: Base 41, LoRA 22, HiWi weight 22, PaFi 24: so few steps favour method
 Peer: PEFT's LoRA r=9 on query and value, and full fine-tuning.
 Note: Seasons 1 to 8 train, 9 chooses the rate, the scale alpha and nothing else, 10 is the test. Segments of 64 tokens within an episode. Each
     method has three or four rates, rising over 4 steps and falling to zero. Intervals are over segments, of one training each; they do not tell how
-    much another seed would change. HiWi's row with ReLU was its default at first, and is there to be held against GELU, the default now.
+    much another seed would change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VALIDATION, TEST = 32, 128
 """Segments."""
 STORED = 518_400
 """Numbers of LoRA r=9 on the 30 layers' query and value projections, and of HiWi's D and U of rank 5 on their three feed-forward matrices."""
-LORA, PAFI, HIWI, RELU, FULL = "LoRA r=9, query and value", "PaFi", "HiWi weight r=5", "HiWi weight r=5, ReLU", "full fine-tuning"
+LORA, PAFI, HIWI, FULL = "LoRA r=9, query and value", "PaFi", "HiWi weight r=5", "full fine-tuning"
 ALPHAS = (0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 10, 14, 20, 28)
 TERNARY: dict[str, tuple[float, int, tuple[Literal["global", "tensor"], ...]]] = {
     LORA: (0.2, 3, ("global", "tensor")),
@@ -88,7 +88,6 @@ METHODS: dict[str, tuple[Ready, tuple[float, ...]]] = {
     LORA: (_lora, (2e-3, 5e-3, 1e-2)),
     PAFI: (_tuned(sterna.PaFi(count=STORED, gradient="sampled")), (5e-3, 1e-2, 2e-2, 4e-2)),
     HIWI: (_tuned(sterna.HiWi(target="weight", rank=5)), (1e-3, 3e-3, 1e-2, 2e-2)),
-    RELU: (_tuned(sterna.HiWi(target="weight", rank=5, activation="relu")), (1e-3, 3e-3, 1e-2, 2e-2)),
     FULL: (_full, (3e-5, 1e-4, 3e-4)),
 }
 

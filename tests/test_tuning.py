@@ -550,7 +550,7 @@ def test_zero_biases_cannot_move_but_can_be_trained_directly() -> None:
 
 def test_adapters_that_died_are_named() -> None:
     """Every unit of act(b D) below zero: U may be anything, and adds nothing."""
-    _, tuning = tuned("bert", sterna.HiWi(rank=3))
+    _, tuning = tuned("bert", sterna.HiWi(rank=3, activation="relu"))
     adapters = [part for part in tuning.parts if isinstance(part, Adapter)]
     with torch.no_grad():
         for part in adapters:

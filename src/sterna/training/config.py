@@ -83,7 +83,7 @@ class HiWiMethod(Section):
     name: Literal["hiwi"] = "hiwi"
     target: Literal["bias", "weight"] = "bias"
     rank: Count = 16
-    activation: Literal["relu", "gelu", "identity"] = "gelu"
+    activation: Literal["relu", "gelu", "identity"] | None = None
     scale: float = 1.0
     init_std: Positive = 0.02
     modules: list[str] | None = None

@@ -265,6 +265,10 @@ def _resolved(config: TrainingConfig, task: TaskName, data: TaskData, lengths: L
 
 def _resolved_method(config: TrainingConfig) -> Any:
     method = config.method
+    if isinstance(method, HiWiMethod):
+        from sterna.tuning.hiwi import ACTIVATION
+
+        return method.model_copy(update={"activation": method.activation or ACTIVATION[method.target]})
     if not isinstance(method, PaFiMethod):
         return method
     from sterna.tuning.pafi import DENSITY as PAFI_DENSITY

@@ -23,27 +23,33 @@ from sterna.tuning.taps import is_linear
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {"relu": relu, "gelu": gelu, "identity": lambda x: x}
 
+ACTIVATION: dict[str, Activation] = {"bias": "gelu", "weight": "relu"}
+"""By target, where none is given."""
+
 
 @dataclass(frozen=True, slots=True)
 class HiWi:
     """An adapter on each bias or weight of the feed-forward layers, with D and U of its own.
 
     `target`: "bias" trains 2 * rank * (d_ff + d_model) numbers a block and stores the d_ff + d_model new biases; "weight" acts along the d_model axis
-    of each matrix and stores D and U, or the compressed change. `activation` is the paper's non-linearity (which it does not name): "gelu", "relu" or
-    "identity"; under "relu" the adapter of a bias may die, for good. `scale` is s. U begins at zero, D is drawn from N(0, init_std^2) by torch's generator. `modules` are glob patterns of the base's
-    modules in place of the feed-forward layers found by architecture. `zero_bias`: a bias that is zero in every entry cannot move
-    (act(0 D) U = 0): "error", or "direct" to train such biases themselves.
+    of each matrix and stores D and U, or the compressed change. `activation` is the paper's non-linearity (which it does not name): "relu", "gelu" or
+    "identity"; unless given, "relu" on weights and "gelu" on biases, whose adapters may die for good under "relu". `scale` is s. U begins at zero, D
+    is drawn from N(0, init_std^2) by torch's generator. `modules` are glob patterns of the base's modules, in place of the feed-forward layers that
+    are found by architecture. `zero_bias`: a bias that is zero in every entry cannot move (act(0 D) U = 0): "error", or "direct" to train such biases
+    themselves.
     """
 
     target: Literal["bias", "weight"] = "bias"
     rank: int = 16
-    activation: Activation = "gelu"
+    activation: Activation | None = None
     scale: float = 1.0
     init_std: float = 0.02
     modules: Sequence[str] | None = None
     zero_bias: Literal["error", "direct"] = "error"
 
     def __post_init__(self) -> None:
+        if self.activation is None:
+            object.__setattr__(self, "activation", ACTIVATION.get(self.target))
         for key, value, known in (
             ("target", self.target, ("bias", "weight")),
             ("activation", self.activation, tuple(ACTIVATIONS)),
@@ -122,6 +128,7 @@ class BiasTap:
     """b + s * act(b D) U."""
 
     def __init__(self, D: torch.nn.Parameter, U: torch.nn.Parameter, method: HiWi) -> None:
+        assert method.activation is not None
         self.D, self.U = D, U
         self.activation, self.scale = method.activation, method.scale
 
@@ -141,6 +148,7 @@ class WeightTap:
     """W + s * act(W D) U, or of W.T; in a linear layer as two thin products, so that the tuned matrix is never made while it is trained."""
 
     def __init__(self, D: torch.nn.Parameter, U: torch.nn.Parameter, method: HiWi, transposed: bool) -> None:
+        assert method.activation is not None
         self.D, self.U, self.transposed = D, U, transposed
         self.activation, self.scale = method.activation, method.scale
 
