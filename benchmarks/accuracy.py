@@ -1,7 +1,7 @@
 """Accuracy of PaFi and HiWi beside full fine-tuning, LoRA and their controls, on the encoder and four tasks, with trained and stored sizes.
 
 For each method and task: three rates or more on a third of the training texts with seed 0, the best on validation taken; then three seeds at that
-rate on all of them (1,500 texts at most, 2 epochs). Some twelve core-hours in all: each training is written down when it ends, and a later call goes on.
+rate on all of them (1,500 texts at most, 2 epochs). Some twelve core-hours: each training is written down when it ends, and a later call goes on.
 
     python benchmarks/accuracy.py --minutes 60      trains what is missing, for about an hour
     python benchmarks/accuracy.py --tables          prints what is there; a cell that was not run stays empty and is named
