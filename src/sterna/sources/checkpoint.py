@@ -13,7 +13,6 @@ from typing import Any, TypeGuard
 import torch
 
 from sterna.errors import InvalidArgument, InvalidFile, NotFound, Unsupported
-from sterna.expert.file import TABLE
 from sterna.sources.names import BUFFERS, NONPERSISTENT, is_embedding, last, plain, some
 from sterna.sources.stored import stored_names, unwrap
 
@@ -159,6 +158,8 @@ def _from_file(path: Path) -> Checkpoint:
 
 
 def _from_files(shards: dict[str | None, Path], folder: Path | None, config: dict[str, Any], label: str | None = None) -> Checkpoint:
+    from sterna.expert.file import TABLE  # the kernels come with it
+
     tensors: dict[str, TensorInfo] = {}
     where: dict[str, Path] = {}
     for path in dict.fromkeys(shards.values()):

@@ -16,7 +16,7 @@ from sterna.training.errors import Faults
 from sterna.training.models import first_line
 
 RATES = {"pafi": 5e-3, "full": 5e-5, "head": 1e-3, "lora": 1e-3}
-HIWI_RATES = {"bias": 1e-2, "weight": 1e-3}
+HIWI_RATES = {"bias": 5e-3, "weight": 1e-3}
 OTHER_RATE = 1e-3
 
 SAME = (
