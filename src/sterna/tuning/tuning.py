@@ -241,7 +241,9 @@ class Tuning:
         Raises TuningError where no tensor has moved: an optimizer that was built before `tune` trains nothing here, and adapters that all died
         leave the base.
         """
-        if len(self.unmoved()) == len(self.parts):
+        self._refuse_ended()
+        self.write()
+        if not any(part.moved() for part in self.parts):
             raise TuningError(_why_nothing_moved(self.parts))
         return expert_of(self, values=values, density=density, alpha=alpha, head=head, metadata=dict(metadata or {}))
 
